@@ -1,0 +1,159 @@
+"""From an image file to the array the network sees. Nothing here is random: callers decide."""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Literal
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dcdet import boxes as box_ops
+
+Orientation = Literal["ignore", "apply"]
+
+MAX_PIXELS = 64_000_000
+MAX_SIDE = 16_384
+MIN_SIDE = 2
+MAX_FILE_BYTES = 1 << 30
+THINNEST = 1 / 64  # network pixels; keeps x1 < x2 in float32
+# Pillow asks only these decoders, never one that starts another program (EPS).
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
+
+
+class BadImage(Exception):
+    """An image file that cannot be used; the message says why, without the path."""
+
+
+def read_file(path: str, limit: int = MAX_FILE_BYTES) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; OSError for anything else.
+
+    A FIFO, a device or a folder is refused without waiting for it.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("is not a regular file")
+        if status.st_size > limit:
+            raise OSError(f"has {status.st_size} bytes, more than {limit}")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(limit)
+    finally:
+        os.close(descriptor)
+
+
+def read_image(
+    path: str, orientation: Orientation = "ignore", max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
+    """Decode an image file -> (H, W, 3) uint8 RGB; BadImage says why one cannot be used.
+
+    Grey, palette, CMYK and YCbCr images are converted, alpha is dropped, 16-bit grey is scaled to
+    8 bits. Animations, other depths and other formats are refused. Size limits are checked in the
+    header, before anything is allocated. `orientation` "ignore" leaves EXIF orientation aside, as
+    the 2017 release does. Decoding is bit-equal to cv2.imread for 8-bit JPEG and PNG; Pillow is
+    used because it refuses truncated files, which OpenCV fills with grey.
+    """
+    with _opened(path, max_pixels) as image:
+        turned = ImageOps.exif_transpose(image) if orientation == "apply" else image
+        return _to_rgb(turned)
+
+
+def read_size(path: str) -> tuple[int, int]:
+    """The size (h, w) in the header of an image file, EXIF orientation aside; or BadImage."""
+    with _opened(path, MAX_PIXELS) as image:
+        return image.height, image.width
+
+
+@contextmanager
+def _opened(path: str, max_pixels: int) -> Iterator[Image.Image]:
+    try:
+        with Image.open(BytesIO(read_file(path)), formats=FORMATS) as image:
+            _check_header(image, max_pixels)
+            yield image
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly every type on damaged files
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        if "cannot identify image file" in reason:
+            reason = "is not an image in a known format (" + ", ".join(FORMATS) + ")"
+        raise BadImage(reason or type(error).__name__) from error
+
+
+def _check_header(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels or max(width, height) > MAX_SIDE:
+        raise BadImage(
+            f"{width} x {height} pixels, the limit is {max_pixels} pixels and {MAX_SIDE} a side"
+        )
+    if min(width, height) < MIN_SIDE:
+        raise BadImage(f"{width} x {height} pixels, at least {MIN_SIDE} a side are needed")
+    # MPO is how phones write JPEG: its further frames are previews.
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+        raise BadImage(f"animation or stack of {image.n_frames} images")  # type: ignore[attr-defined]
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    if image.mode != "RGB":
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+            levels = np.asarray(image).astype(np.uint32)
+            image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise BadImage(f"32-bit pixels (mode {image.mode}) have no defined range")
+        elif image.mode in ("RGBA", "RGBX", "LA"):  # alpha dropped, colours as stored
+            grey = image.mode == "LA"
+            image = image.getchannel(0) if grey else Image.merge("RGB", image.split()[:3])
+        image = image.convert("RGB")
+    return np.asarray(image)
+
+
+def network_scale(size: tuple[int, int], short: int, long: int) -> float:
+    """Network pixels per original pixel for an image of `size` (h, w).
+
+    The short side becomes `short`, unless the long side would exceed `long`: then that becomes
+    `long`. Source: the 2017 release, lib/utils/image.py.
+    """
+    scale = short / min(size)
+    if np.round(scale * max(size)) > long:
+        scale = long / max(size)
+    return scale
+
+
+def resize(image: np.ndarray, scale: float) -> np.ndarray:
+    """Image (H, W, 3) uint8 enlarged by one factor for both axes, bilinear on uint8."""
+    if min(image.shape[:2]) * scale < 0.5:
+        raise BadImage(f"too narrow: {image.shape[1]} x {image.shape[0]} pixels times {scale:.3g}")
+    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
+
+
+def place_boxes(
+    boxes: np.ndarray,
+    size: tuple[int, int],
+    network_size: tuple[int, int],
+    scale: float,
+    flip: bool,
+    pixels: box_ops.Pixels,
+) -> Tensor:
+    """Boxes (N, 4) of an original of `size` (h, w) -> the same boxes in the network's pixels.
+
+    Inclusive pixels round the inclusive corners, half to even, as the 2017 release does.
+    """
+    placed = torch.from_numpy(boxes).double()  # as the release: float32 rounds other halves
+    if flip:
+        placed = box_ops.flip(placed, size[1])
+    if pixels == "inclusive":
+        corner = placed.new_tensor([0.0, 0.0, 1.0, 1.0])
+        placed = ((placed - corner) * scale).round() + corner
+    else:
+        placed = box_ops.rescale(placed, scale, pixels)
+    placed = box_ops.clip(placed, network_size, pixels)
+    # A sliver at the border, cut when the image's size was rounded, keeps a width.
+    limit = placed.new_tensor([network_size[1], network_size[0]])
+    low = torch.minimum(placed[:, :2], limit - THINNEST)
+    high = torch.maximum(placed[:, 2:], low + THINNEST)
+    return torch.cat([low, high], dim=1).float()

@@ -1,0 +1,243 @@
+"""Checkpoints: written atomically, read without executing anything, checked on the way in.
+
+A checkpoint is a dictionary of plain types and tensors: `format`, `model` (state dict), `meta`
+(class names, config), and for resuming `optimizer`, `step` and so on; `digest` is the SHA-256 of
+all the rest.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dcdet.errors import DivergedError, MachineError, UserError
+
+FORMAT = 1
+NAME = re.compile(r"step_(\d{8})\.pth")
+log = logging.getLogger("dcdet.checkpoint")
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` so that `path` is at any moment the old file or the whole new one.
+
+    Raises MachineError when the disk is full or the folder cannot be written, DivergedError for
+    values that are not finite.
+    """
+    bad = _first_non_finite(state)
+    if bad:
+        raise DivergedError(f"{path}: not saved: {bad} has non-finite values")
+    state = {"format": FORMAT, **state}
+    state["digest"] = _digest(state)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        # torch reports a short write as a RuntimeError.
+        what = error.strerror if isinstance(error, OSError) else "disk full or file too large"
+        raise MachineError(f"{path}: checkpoint not written: {what}") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The checkpoint at `path` on the CPU. A bare state dict comes back as {"model": ...}.
+
+    Raises UserError for a file that is missing, damaged, of another kind, or would run code.
+    """
+    if not path.is_file():
+        raise UserError(path, "no such checkpoint")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for damaged or hostile files
+        reason = (
+            str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        )
+        raise UserError(
+            path, f"not a readable checkpoint: {reason}",
+            "damaged, of another kind, or one that would run code; nothing was run",
+        ) from error  # fmt: skip
+    if not isinstance(state, dict):
+        raise UserError(path, f"holds a {type(state).__name__}, not a checkpoint")
+    if "digest" in state or "format" in state:
+        digest = state.pop("digest", None)
+        if _digest(state) != digest:
+            raise UserError(path, "damaged: its content does not match its checksum")
+        if state.get("format") != FORMAT:
+            raise UserError(path, f"format {state.get('format')} is not known",
+                            "written by a newer dcdet?")  # fmt: skip
+        return state
+    if isinstance(state.get("model"), dict):
+        state = state["model"]
+    elif isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(path, "holds no model weights")
+    return {"model": state}
+
+
+def load_weights(model: nn.Module, path: str | Path, partial: bool = False) -> dict[str, Any]:
+    """Copy the weights at `path` into `model`; the file's `meta` (class names and so on) returns.
+
+    Every name and shape must agree, unless `partial`; then differences are logged and what fits is
+    loaded. Raises UserError with the first differences, for non-finite weights, and when nothing
+    fits.
+    """
+    path = Path(path)
+    state = load(path)
+    weights = _plain_names(state["model"])
+    copy_weights(model, weights, path, partial=partial)
+    return state.get("meta", {})
+
+
+def load_pretrained(backbone: nn.Module, source: str) -> None:
+    """ImageNet weights under torchvision's names, from a file or, for "torchvision", from its hub.
+
+    Classifier weights are left out; offset convolutions keep their zeros. Raises UserError.
+    """
+    if source == "torchvision":
+        from torchvision.models import get_model_weights
+
+        bottleneck = hasattr(backbone.get_submodule("layer3.0"), "conv3")
+        blocks = len(list(backbone.get_submodule("layer3").children()))
+        depth = {2: 18, 6: 50 if bottleneck else 34, 23: 101}[blocks]
+        entry = get_model_weights(f"resnet{depth}").DEFAULT
+        try:
+            state = entry.get_state_dict(progress=False, check_hash=True)
+        except OSError as error:
+            raise UserError("model.backbone.pretrained", f"cannot download {entry.url}: {error}",
+                            "save that file yourself and name its path") from error  # fmt: skip
+        path = Path(entry.url)
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise UserError(
+                f"model.backbone.pretrained: {source}", "no such file",
+                "save ImageNet weights under torchvision's names there, or set "
+                "model.backbone.pretrained=torchvision to download them, =null to train from scratch",
+            )  # fmt: skip
+        state = load(path)["model"]
+    weights = _plain_names(state)
+    weights = {
+        name.removeprefix("backbone."): value
+        for name, value in weights.items()
+        if not name.startswith("fc.") and not name.endswith("num_batches_tracked")
+    }
+    own_offsets = {
+        name: value for name, value in backbone.state_dict().items()
+        if ".offset." in name or name.endswith("num_batches_tracked")
+    }  # fmt: skip
+    copy_weights(backbone, {**own_offsets, **weights}, path)
+
+
+def copy_weights(
+    model: nn.Module, weights: dict[str, Tensor], source: Path, partial: bool = False
+) -> None:
+    """Copy `weights` into `model`, all of them, or with `partial` those that fit."""
+    own = model.state_dict()
+    missing = [name for name in own if name not in weights]
+    unused = [name for name in weights if name not in own]
+    shaped = [
+        f"{name} is {tuple(weights[name].shape)}, wanted {tuple(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    fitting = {n: w for n, w in weights.items() if n in own and w.shape == own[n].shape}
+    summary = (
+        f"{len(fitting)} loaded, {len(missing)} missing{_first(missing)}, "
+        f"{len(unused)} unused{_first(unused)}, {len(shaped)} of another shape{_first(shaped)}"
+    )
+    if not fitting or (not partial and (missing or unused or shaped)):
+        raise UserError(source, f"weights do not fit this model: {summary}",
+                        "is it the config they were trained with?")  # fmt: skip
+    bad = _first_non_finite(fitting)
+    if bad:
+        raise UserError(source, f"{bad} has non-finite values")
+    if partial:
+        log.warning("%s: %s", source, summary)
+    model.load_state_dict(fitting, strict=False)
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint in `folder` that is whole; damaged ones are named and passed over."""
+    for path in sorted_checkpoints(folder, reverse=True):
+        try:
+            return path, load(path)
+        except UserError as error:
+            log.warning("passed over: %s", error)
+    return None
+
+
+def sorted_checkpoints(folder: Path, reverse: bool = False) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if NAME.fullmatch(p.name)), reverse=reverse)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints, and what killed writers left behind."""
+    for path in sorted_checkpoints(folder)[:-keep]:
+        path.unlink(missing_ok=True)
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in ("module.", "_orig_mod."):
+        if weights and all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
+
+
+def _first(names: list[str]) -> str:
+    return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
+
+
+def _first_non_finite(value: Any, name: str = "") -> str:
+    if isinstance(value, Tensor):
+        return name if value.is_floating_point() and not bool(value.isfinite().all()) else ""
+    if isinstance(value, dict):
+        found = (
+            _first_non_finite(item, f"{name}.{key}".lstrip(".")) for key, item in value.items()
+        )
+        return next(filter(None, found), "")
+    return ""
+
+
+def _digest(value: Any) -> str:
+    """SHA-256 over a nesting of dictionaries, lists, plain values and tensors."""
+    sha = hashlib.sha256()
+
+    def feed(item: Any) -> None:
+        if isinstance(item, Tensor):
+            sha.update(f"{item.dtype}{tuple(item.shape)}".encode())
+            sha.update(
+                item.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            )
+        elif isinstance(item, dict):
+            for key, inner in item.items():
+                sha.update(json.dumps(key).encode())
+                feed(inner)
+        elif isinstance(item, list | tuple):
+            sha.update(f"[{len(item)}]".encode())
+            for inner in item:
+                feed(inner)
+        else:
+            sha.update(json.dumps(item).encode())
+
+    feed(value)
+    return sha.hexdigest()

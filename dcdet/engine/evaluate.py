@@ -1,0 +1,103 @@
+"""Evaluation of a trained model on a data set."""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from dcdet.datasets.loader import DetectionDataset, test_loader
+from dcdet.engine.checkpoint import load_weights
+from dcdet.engine.runtime import (
+    Precision,
+    Runtime,
+    autocast,
+    output_folder,
+    processes,
+    strict_json,
+    write_text,
+)
+from dcdet.engine.setup import build_reader
+from dcdet.models.build import build_model
+from dcdet.models.two_stage import TwoStageDetector
+from dcdet.registry import build, check
+from dcdet.structures import Batch, Detections
+
+log = logging.getLogger("dcdet.test")
+
+
+@dataclass(frozen=True)
+class TestSection:
+    """How a model is measured: the node of an evaluator, and the forward pass's precision."""
+
+    evaluator: Mapping[str, Any]
+    precision: Precision
+
+
+def test(config: Any, weights: Path, output: Path, *, device: str | None = None) -> int:
+    """Detect on every image of `data.test`, write detections.json and metrics.json to `output`.
+
+    The command's exit code returns: 1 if images had to be skipped. Raises UserError, MachineError.
+    """
+    with ExitStack() as stack:
+        runtime = stack.enter_context(processes(device))
+        if runtime.rank == 0:
+            stack.enter_context(output_folder(output))
+        return _test(config, weights, output, runtime)
+
+
+def _test(config: Any, weights: Path, output: Path, runtime: Runtime) -> int:
+    experiment = check(config)
+    data = experiment.data
+    reader = build_reader(config, "test")
+    model = build_model(config)
+    meta = load_weights(model, weights)
+    if meta.get("classes", reader.classes) != reader.classes:
+        log.warning("%s was trained for other class names: %s", weights, ", ".join(meta["classes"]))
+    model.to(runtime.device).eval()
+    dataset = DetectionDataset(reader, data, training=False)
+    evaluator = build(config.test.evaluator, "evaluator", reader=reader)
+    start = time.perf_counter()
+    batches = test_loader(dataset, data, runtime.rank, runtime.world)
+    found = detect(model, batches, experiment.test.precision, runtime.device)
+    parts = runtime.gather((found, dataset.bad))
+    if runtime.rank:
+        return 0
+    seconds = time.perf_counter() - start
+    skipped: dict[str, str] = {}
+    for detections, bad in parts:
+        skipped |= bad
+        for one in detections:
+            evaluator.update(one)
+    total = len(reader.records)
+    metrics = {"images": total - len(skipped), "of": total, **evaluator.result()}
+    write_text(output / "detections.json", strict_json(evaluator.detections_json()))
+    write_text(output / "metrics.json", strict_json(metrics))
+    log.info(
+        "evaluated %d of %d images, %.1f images/s", total - len(skipped), total, total / seconds
+    )
+    for name, value in metrics.items():
+        if isinstance(value, float) or value is None:
+            log.info("%s %s", name, "not defined" if value is None else f"{value:.4f}")
+    log.info("written: %s, %s", output / "metrics.json", output / "detections.json")
+    return 1 if skipped else 0
+
+
+def detect(
+    model: nn.Module, batches: Iterable[Batch], precision: Precision, device: torch.device
+) -> list[Detections]:
+    """Detections of every image of `batches`, on the CPU."""
+    found = []
+    for batch in batches:
+        with autocast(device, precision):
+            detections = cast(TwoStageDetector, model).predict(batch.to(device))
+        found += [
+            replace(one, boxes=one.boxes.cpu(), scores=one.scores.cpu(), labels=one.labels.cpu())
+            for one in detections
+        ]
+    return found

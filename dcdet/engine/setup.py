@@ -1,0 +1,48 @@
+"""From config sections to the objects that training and testing share."""
+
+from typing import Any
+
+from dcdet.errors import UserError
+from dcdet.registry import build
+
+# Keys that a resumed run may change: they do not change what a step computes.
+FREE_ON_RESUME = (
+    "solver.epochs", "solver.max_bad_steps", "solver.log_every", "solver.checkpoint_every",
+    "solver.keep_checkpoints", "data.workers", "data.test", "model.backbone.pretrained", "test",
+    "model.postprocess",
+)  # fmt: skip
+
+
+def build_reader(config: Any, part: str) -> Any:
+    """The reader of `data.train` or `data.test`; its classes must be as many as the model's.
+
+    Raises UserError.
+    """
+    reader = build(
+        config.data[part], "dataset", classes=config.data.classes, pixels=config.model.pixels
+    )
+    if len(reader.classes) != config.model.num_classes:
+        raise UserError(
+            config.where("model.num_classes"),
+            f"{config.model.num_classes}, but data.{part} has {len(reader.classes)} classes: "
+            + ", ".join(reader.classes[:8]) + (", ..." if len(reader.classes) > 8 else ""),
+            f"set model.num_classes={len(reader.classes)}, or list the classes in data.classes",
+        )  # fmt: skip
+    return reader
+
+
+def comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """A plain config as {"section.key": value}, without what may change on resuming."""
+    flat: dict[str, Any] = {}
+
+    def walk(value: Any, path: str) -> None:
+        if any(path == free or path.startswith(free + ".") for free in FREE_ON_RESUME):
+            return
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(inner, f"{path}.{key}" if path else str(key))
+        else:
+            flat[path] = value
+
+    walk(config, "")
+    return flat

@@ -1,0 +1,162 @@
+"""Optimiser and learning-rate schedule."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import nn
+
+from dcdet.engine.runtime import Precision
+from dcdet.errors import UserError
+
+
+@dataclass(frozen=True)
+class WarmupSpec:
+    """Updates before number `steps` use `factor` times the learning rate, held or rising."""
+
+    steps: int
+    factor: float
+    shape: Literal["constant", "linear"]
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps: must not be negative, got {self.steps}")
+        if not 0 <= self.factor <= 1:
+            raise ValueError(f"factor: must be in [0, 1], got {self.factor}")
+
+
+@dataclass(frozen=True)
+class SolverSection:
+    """SGD with momentum.
+
+    Args:
+        epochs: passes over the training set; fractions are allowed.
+        lr: learning rate for a batch of `reference_batch` images. The real batch scales it
+            linearly: Goyal et al., ImageNet in 1 Hour.
+        gradient: whether the reference batch's images add up ("sum") or are averaged ("mean").
+            The 2017 release's R-FCN and Faster R-CNN sum over GPUs of one image each, its FPN
+            averages.
+        momentum, weight_decay: of SGD; the decay is stated for the same `gradient`.
+        lr_multipliers, weight_decay_multipliers: factors by parameter name pattern
+            ("roi_head.reduce.*": 3); of several that match, the last counts.
+        milestones: epochs (fractions allowed) after which lr is multiplied by `lr_factor`.
+        precision: of the forward pass; weights stay fp32.
+        clip_gradient: largest L2 norm of the whole gradient, or None.
+        max_bad_steps: training stops after so many non-finite steps in a row.
+        log_every: steps between progress lines.
+        checkpoint_every: epochs between checkpoints.
+        keep_checkpoints: how many of the newest remain.
+    """
+
+    epochs: float
+    lr: float
+    reference_batch: int
+    gradient: Literal["mean", "sum"]
+    momentum: float
+    weight_decay: float
+    lr_multipliers: dict[str, float]
+    weight_decay_multipliers: dict[str, float]
+    warmup: WarmupSpec | None
+    milestones: list[float]
+    lr_factor: float
+    precision: Precision
+    clip_gradient: float | None
+    max_bad_steps: int
+    log_every: int
+    checkpoint_every: float
+    keep_checkpoints: int
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "lr", "reference_batch", "lr_factor", "checkpoint_every",
+                     "max_bad_steps", "log_every", "keep_checkpoints"):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}: must be positive, got {getattr(self, name)}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum: must be in [0, 1), got {self.momentum}")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay: must not be negative, got {self.weight_decay}")
+        if self.clip_gradient is not None and not self.clip_gradient > 0:
+            raise ValueError(f"clip_gradient: must be positive or null, got {self.clip_gradient}")
+        late = [m for m in self.milestones if not 0 < m <= self.epochs]
+        if late:
+            raise ValueError(f"milestones: {late[0]} is not within {self.epochs} epochs")
+
+    def scaled_lr(self, batch_size: int) -> float:
+        """The learning rate on the gradient averaged over `batch_size` images."""
+        reference = self.lr * (self.reference_batch if self.gradient == "sum" else 1)
+        return reference * batch_size / self.reference_batch
+
+    def averaged_decay(self) -> float:
+        """The weight decay that goes with the averaged gradient."""
+        return self.weight_decay / (self.reference_batch if self.gradient == "sum" else 1)
+
+
+def learning_rate(
+    update: int, base: float, warmup: WarmupSpec | None, milestones: Iterable[int], factor: float
+) -> float:
+    """The rate of update number `update`, counted from 1; `milestones` in updates.
+
+    Source: lib/utils/lr_scheduler.py of the 2017 release, for a constant warm-up.
+    """
+    if warmup is not None and update < warmup.steps:
+        share = update / warmup.steps if warmup.shape == "linear" else 0.0
+        return base * (warmup.factor + (1 - warmup.factor) * share)
+    return base * factor ** sum(update > milestone for milestone in milestones)
+
+
+def build_optimizer(model: nn.Module, section: SolverSection) -> torch.optim.SGD:
+    """SGD over the trainable parameters, grouped by multipliers.
+
+    Each group keeps `lr_multiplier`. Raises UserError for a pattern that names no parameter.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for key in ("lr_multipliers", "weight_decay_multipliers"):
+        for pattern in getattr(section, key):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise UserError(f"solver.{key}", f"'{pattern}' matches no parameter",
+                                f"parameters are named like '{names[-1]}'")  # fmt: skip
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key_of_group = (
+                _multiplier(name, section.lr_multipliers),
+                _multiplier(name, section.weight_decay_multipliers),
+            )
+            groups.setdefault(key_of_group, []).append(parameter)
+    decay = section.averaged_decay()
+    return torch.optim.SGD(
+        [
+            {"params": parameters, "lr_multiplier": lr, "lr": 0.0, "weight_decay": decay * wd}
+            for (lr, wd), parameters in groups.items()
+        ],
+        momentum=section.momentum,
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.SGD, rate: float) -> None:
+    """Give every group `rate` times its multiplier.
+
+    When the rate changes the momentum is rescaled, so that past gradients keep the rate they were
+    seen with, as in MXNet and Caffe (Goyal et al., ImageNet in 1 Hour, section 3).
+    """
+    for group in optimizer.param_groups:
+        old, new = group["lr"], rate * group["lr_multiplier"]
+        if old != new and old > 0 and new > 0:
+            for parameter in group["params"]:
+                momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
+                if momentum is not None:
+                    momentum.mul_(old / new)
+        group["lr"] = new
+
+
+def milestones_in_updates(epochs: list[float], images: int, batch_size: int) -> list[int]:
+    """Milestones in updates, for a set of `images` (mirrored copies included)."""
+    return [math.floor(epoch * images / batch_size) for epoch in epochs]
+
+
+def _multiplier(name: str, patterns: dict[str, float]) -> float:
+    matching = [factor for pattern, factor in patterns.items() if fnmatchcase(name, pattern)]
+    return matching[-1] if matching else 1.0

@@ -1,0 +1,155 @@
+"""What the evaluators share: detections collected image by image, and their JSON form."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeGuard
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dcdet.datasets.records import Record
+from dcdet.datasets.transforms import read_file
+from dcdet.errors import UserError
+from dcdet.structures import Detections
+
+Json = dict[str, Any]
+
+
+class Reader(Protocol):
+    """What an evaluator needs of a data set; any reader of dcdet/datasets."""
+
+    name: str
+    classes: list[str]
+    category_ids: list[int]
+    records: list[Record]
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What was found in one image, as arrays: D detections.
+
+    Shapes: boxes (D, 4) float64 continuous xyxy, scores (D,) float64, labels (D,) int64.
+    """
+
+    boxes: NDArray[np.float64]
+    scores: NDArray[np.float64]
+    labels: NDArray[np.int64]
+
+
+class Evaluator:
+    """Collects detections; a subclass adds `result`. Only images that were updated are evaluated.
+
+    `dropped` counts the rows that were left out because a number in them was not finite.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.dropped = 0
+        self._found: dict[int | str, Found] = {}
+        self._order = {record.image_id: place for place, record in enumerate(reader.records)}
+
+    def update(self, detections: Detections) -> None:
+        """Add one image's detections; a second call for an image replaces the first.
+
+        Raises ValueError for an image or a label that the data set does not have.
+        """
+        if detections.image_id not in self._order:
+            raise ValueError(f"image {detections.image_id!r} is not in {self.reader.name}")
+        boxes = detections.boxes.detach().cpu().double().numpy().reshape(-1, 4)
+        scores = detections.scores.detach().cpu().double().numpy()
+        labels = detections.labels.detach().cpu().numpy().astype(np.int64)
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.reader.classes):
+            wrong = labels.min() if labels.min() < 0 else labels.max()
+            raise ValueError(f"label {wrong} with {len(self.reader.classes)} classes")
+        finite = np.isfinite(boxes).all(axis=1) & np.isfinite(scores)
+        self.dropped += int((~finite).sum())
+        self._found[detections.image_id] = Found(boxes[finite], scores[finite], labels[finite])
+
+    def evaluated(self) -> list[tuple[Record, Found]]:
+        """Every evaluated image with its detections, in the data set's order."""
+        places = sorted((self._order[image_id], image_id) for image_id in self._found)
+        return [(self.reader.records[place], self._found[image_id]) for place, image_id in places]
+
+    def detections_json(self) -> list[Json]:
+        """Every detection in the COCO results format, with the data set's own ids."""
+        return [
+            {
+                "image_id": record.image_id,
+                "category_id": self.reader.category_ids[label],
+                "bbox": box,
+                "score": score,
+            }
+            for record, found in self.evaluated()
+            for box, score, label in zip(
+                xywh(found.boxes).tolist(), found.scores.tolist(), found.labels.tolist(),
+                strict=True,
+            )
+        ]  # fmt: skip
+
+
+def xywh(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Boxes (N, 4) xyxy -> (N, 4) x, y, width, height; a width below 0 becomes 0."""
+    return np.concatenate([boxes[:, :2], (boxes[:, 2:] - boxes[:, :2]).clip(min=0)], axis=1)
+
+
+def read_detections(path: str | Path, reader: Reader) -> list[Detections]:
+    """A results file in the COCO format -> the detections of each image named in it.
+
+    Boxes come back continuous xyxy, best score first, rows with equal scores in the file's order.
+    Raises UserError that names file, index and field.
+    """
+    try:
+        rows = json.loads(read_file(str(path)))
+    except OSError as error:
+        raise UserError(path, error.strerror or str(error)) from error
+    except (ValueError, RecursionError) as error:  # also bytes that are not UTF-8
+        raise UserError(path, f"is not JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise UserError(path, f"holds a {type(rows).__name__}, wanted a list of detections")
+    images = {record.image_id for record in reader.records}
+    labels = {category: label for label, category in enumerate(reader.category_ids)}
+    grouped: dict[int | str, list[tuple[list[float], float, int]]] = {}
+    for index, row in enumerate(rows):
+        where = f"{path}: [{index}]"
+        if not isinstance(row, dict):
+            raise UserError(where, f"is a {type(row).__name__}, wanted an object")
+        image_id, category = row.get("image_id"), row.get("category_id")
+        if not _is_id(image_id) or image_id not in images:
+            raise UserError(f"{where}.image_id", f"{image_id!r:.60} is not in {reader.name}")
+        if not _is_id(category) or category not in labels:
+            raise UserError(f"{where}.category_id", f"{category!r:.60} is not in {reader.name}")
+        box, score = row.get("bbox"), row.get("score")
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+            raise UserError(f"{where}.bbox", f"is {box!r:.60}, wanted four finite numbers")
+        if not _is_number(score):
+            raise UserError(f"{where}.score", f"is {score!r:.60}, wanted a finite number")
+        x, y, width, height = map(float, box)
+        if width < 0 or height < 0:
+            raise UserError(f"{where}.bbox", f"is {box!r:.60}", "wanted x, y, width, height")
+        found = ([x, y, x + width, y + height], float(score), labels[category])
+        grouped.setdefault(image_id, []).append(found)
+    return [
+        _to_detections(image_id, sorted(group, key=lambda row: -row[1]))
+        for image_id, group in grouped.items()
+    ]
+
+
+def _to_detections(image_id: int | str, rows: list[tuple[list[float], float, int]]) -> Detections:
+    boxes, scores, labels = zip(*rows, strict=True)
+    return Detections(
+        image_id,
+        torch.tensor(boxes, dtype=torch.float64),
+        torch.tensor(scores, dtype=torch.float64),
+        torch.tensor(labels),
+    )
+
+
+def _is_id(value: object) -> TypeGuard[int | str]:
+    return isinstance(value, int | str) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    # Sums and areas of numbers up to 1e100 stay finite.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e100

@@ -1,0 +1,147 @@
+"""Assignment and sampling: which anchor or RoI learns what. Pure functions.
+
+N anchors or RoIs, M objects of one image. Label -1 means: takes no part in the loss.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dcdet import boxes as box_ops
+from dcdet.structures import Target
+
+# Pairs of boxes compared at once: bounds the memory of an image with thousands of objects.
+PAIRS_AT_ONCE = 1 << 24
+
+
+@dataclass(frozen=True)
+class RoISamples:
+    """RoIs of a batch with what they learn.
+
+    Shapes: rois (R, 5) image index and box, labels (R,) with 0 = background, deltas (R, 4) in
+    units of the head's standard deviations, zero on background.
+    """
+
+    rois: Tensor
+    labels: Tensor
+    deltas: Tensor
+
+
+def best_object(boxes: Tensor, objects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each box (N, 4) its best object (M, 4): IoU (N,), index (N,); and (N,) bool: whether
+    the box is the best, or as good as the best, of some object it overlaps. M must be > 0."""
+    step = max(1, PAIRS_AT_ONCE // len(objects))
+    chunks = [box_ops.iou(chunk, objects) for chunk in boxes.split(step)]
+    best, index = (torch.cat(x) for x in zip(*(chunk.max(dim=1) for chunk in chunks), strict=True))
+    best_of_object = torch.stack([chunk.amax(dim=0) for chunk in chunks]).amax(dim=0)
+    is_best = torch.cat(
+        [((chunk == best_of_object) & (best_of_object > 0)).any(dim=1) for chunk in chunks]
+    )
+    return best, index, is_best
+
+
+def _covered(boxes: Tensor, regions: Tensor, threshold: float | None) -> Tensor | None:
+    if threshold is None or len(regions) == 0:
+        return None
+    return box_ops.coverage(boxes, regions).amax(dim=1) >= threshold
+
+
+def rpn_targets(
+    anchors: Tensor,
+    target: Target,
+    usable: Tensor,
+    positive_iou: float,
+    negative_iou: float,
+    ignore_coverage: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Labels (N,) int64: 1 object, 0 background, -1 neither; and deltas (N, 4) to the best object.
+
+    An anchor is positive from IoU `positive_iou` on, or when no anchor fits some object better.
+    `usable` (N,) bool tells which anchors may learn at all. Anchors covered by an ignored region
+    to at least `ignore_coverage` learn nothing, unless positive. Source: lib/rpn/rpn.py of the
+    2017 release; there an object that no usable anchor touches makes every untouched anchor
+    positive, here none.
+    """
+    labels = anchors.new_full((len(anchors),), -1, dtype=torch.int64)
+    deltas = torch.zeros_like(anchors)
+    inside = usable.nonzero().squeeze(1)
+    if len(inside) == 0:
+        return labels, deltas
+    candidates = anchors[inside]
+    inside_labels = labels[inside]
+    if len(target.boxes) == 0:
+        inside_labels[:] = 0
+    else:
+        best, index, is_best = best_object(candidates, target.boxes)
+        inside_labels[best < negative_iou] = 0
+        inside_labels[is_best | (best >= positive_iou)] = 1
+        deltas[inside] = box_ops.encode(candidates, target.boxes[index])
+    covered = _covered(candidates, target.ignored, ignore_coverage)
+    if covered is not None:
+        inside_labels[covered & (inside_labels == 0)] = -1
+    labels[inside] = inside_labels
+    return labels, deltas
+
+
+def subsample(labels: Tensor, number: int, positive_fraction: float, seed: int) -> Tensor:
+    """Labels (N,) with all but `number` of them set to -1, at random; at most
+    `positive_fraction` of the number stay positive, background fills the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = labels.clone()
+    positive = (labels > 0).nonzero().squeeze(1)
+    background = (labels == 0).nonzero().squeeze(1)
+    keep = min(len(positive), int(number * positive_fraction))
+    for candidates, kept in ((positive, keep), (background, number - keep)):
+        if len(candidates) > kept:
+            order = torch.randperm(len(candidates), generator=generator)
+            labels[candidates[order[kept:].to(labels.device)]] = -1
+    return labels
+
+
+def roi_targets(
+    proposals: Tensor,
+    target: Target,
+    foreground_iou: float,
+    background_iou: tuple[float, float],
+    ignore_coverage: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """RoIs (R, 4) of one image, their labels (R,) (0 background, else 1 + class), deltas (R, 4).
+
+    The objects' own boxes join the proposals (P, 4). Foreground comes first, then background,
+    each in the order of the input; RoIs in neither range are left out, and so is background
+    covered by an ignored region. Source: rfcn/core/rcnn.py of the 2017 release.
+    """
+    rois = torch.cat([proposals, target.boxes])
+    labels = rois.new_zeros((len(rois),), dtype=torch.int64)
+    deltas = torch.zeros_like(rois)
+    best = rois.new_zeros((len(rois),))
+    if len(target.boxes) and len(rois):
+        best, index, _ = best_object(rois, target.boxes)
+        foreground = best >= foreground_iou
+        labels[foreground] = target.labels[index[foreground]] + 1
+        deltas[foreground] = box_ops.encode(rois, target.boxes[index])[foreground]
+    low, high = background_iou
+    background = (labels == 0) & (best >= low) & (best < high)
+    covered = _covered(rois, target.ignored, ignore_coverage)
+    if covered is not None:
+        background &= ~covered
+    order = torch.cat([(labels > 0).nonzero(), background.nonzero()]).squeeze(1)
+    return rois[order], labels[order], deltas[order]
+
+
+def hardest(losses: Tensor, images: Tensor, number: int) -> Tensor:
+    """(R,) bool: the `number` RoIs of largest loss (R,) in each image; `images` (R,) is the image
+    of each RoI. Source: Shrivastava et al., OHEM; box_annotator_ohem.py of the 2017 release."""
+    kept = torch.zeros_like(losses, dtype=torch.bool)
+    for image in images.unique():
+        rois = (images == image).nonzero().squeeze(1)
+        kept[rois[losses[rois].argsort(descending=True, stable=True)[:number]]] = True
+    return kept
+
+
+def smooth_l1(difference: Tensor, sigma: float) -> Tensor:
+    """Elementwise smooth L1: quadratic below 1 / sigma^2. Source: Girshick, Fast R-CNN, (3)."""
+    return torch.nn.functional.smooth_l1_loss(
+        difference, torch.zeros_like(difference), reduction="none", beta=1.0 / sigma**2
+    )

@@ -1,0 +1,82 @@
+"""The two-stage detector: backbone, neck, region proposals, RoI head. B images."""
+
+import torch
+from torch import Tensor, nn
+
+from dcdet import boxes as box_ops
+from dcdet.models.postprocess import PostprocessSpec, select
+from dcdet.structures import Batch, Detections
+
+
+class TwoStageDetector(nn.Module):
+    """`forward` gives losses, `predict` gives detections.
+
+    Args:
+        backbone, neck, rpn, roi_head: built modules; the neck may be None.
+        num_classes: without background.
+        pixels: how boxes are clipped and rescaled (see boxes.py).
+        pixel_mean, pixel_std: RGB, in units of 0..255.
+        postprocess: the choice of final detections.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        neck: nn.Module | None,
+        rpn: nn.Module,
+        roi_head: nn.Module,
+        num_classes: int,
+        pixels: box_ops.Pixels,
+        pixel_mean: list[float],
+        pixel_std: list[float],
+        postprocess: PostprocessSpec,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.neck = backbone, neck
+        self.rpn, self.roi_head = rpn, roi_head
+        self.num_classes, self.pixels, self.postprocess = num_classes, pixels, postprocess
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Losses, whose sum is to be minimised, and statistics to show; all scalars."""
+        features = self.features(batch)
+        raw = self.rpn(features)
+        losses = self.rpn.losses(raw, batch)
+        proposals = self.rpn.proposals(raw, batch.sizes, batch.scales)
+        samples = self.roi_head.sample(proposals, batch.targets)
+        roi_losses, stats = self.roi_head.losses(
+            self.roi_head(features, samples.rois), samples, len(batch.sizes)
+        )
+        return losses | roi_losses, stats
+
+    @torch.no_grad()
+    def predict(self, batch: Batch) -> list[Detections]:
+        """Detections of each image, in the original image's pixels."""
+        features = self.features(batch)
+        proposals = self.rpn.proposals(self.rpn(features), batch.sizes, batch.scales)
+        counts = [len(boxes) for boxes in proposals]
+        rois = torch.cat(
+            [nn.functional.pad(boxes, (1, 0), value=image) for image, boxes in enumerate(proposals)]
+        )
+        scores, boxes = self.roi_head.scores_and_boxes(self.roi_head(features, rois), rois)
+        result = []
+        per_image = zip(
+            boxes.split(counts), scores.split(counts), batch.sizes, batch.scales, batch.targets,
+            strict=True,
+        )  # fmt: skip
+        for image_boxes, image_scores, size, scale, target in per_image:
+            image_boxes = box_ops.clip(image_boxes, size, self.pixels)
+            image_boxes = box_ops.rescale(image_boxes, 1 / scale, self.pixels)
+            chosen = select(image_boxes, image_scores, self.postprocess)
+            result.append(Detections(target.image_id, *chosen))
+        return result
+
+    def features(self, batch: Batch) -> dict[str, Tensor]:
+        """The maps of the normalised images; padding is 0 after normalisation."""
+        x = (batch.images.float() - self.pixel_mean) / self.pixel_std
+        for image, (height, width) in enumerate(batch.sizes):
+            x[image, :, height:] = 0
+            x[image, :, :, width:] = 0
+        maps = self.backbone(x.contiguous(memory_format=torch.channels_last))
+        return maps if self.neck is None else self.neck(maps)

@@ -1,0 +1,92 @@
+"""Argument checks of the public ops: one form of message, `OP: NAME must be WANTED, got GOT`.
+
+A wrong type or dtype is a TypeError, a wrong value, shape or device a ValueError.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def wrong(op: str, name: str, wanted: str, got: object) -> ValueError:
+    """The error for a wrong value."""
+    return ValueError(f"{op}: {name} must be {wanted}, got {got}")
+
+
+def wrong_type(op: str, name: str, wanted: str, got: object) -> TypeError:
+    """The error for a wrong type or dtype."""
+    return TypeError(f"{op}: {name} must be {wanted}, got {got}")
+
+
+def tensor(op: str, name: str, value: object, rank: int) -> Tensor:
+    """A dense tensor of `rank` dimensions; raises TypeError, ValueError."""
+    if not isinstance(value, Tensor):
+        raise wrong_type(op, name, "a tensor", type(value).__name__)
+    if value.layout != torch.strided:
+        raise wrong_type(op, name, "a dense tensor", value.layout)
+    if value.dim() != rank:
+        raise wrong(op, name, f"a tensor of {rank} dimensions", f"shape {tuple(value.shape)}")
+    return value
+
+
+def floating(op: str, name: str, value: object, rank: int) -> Tensor:
+    """A dense floating-point tensor of `rank` dimensions; raises TypeError, ValueError."""
+    checked = tensor(op, name, value, rank)
+    if checked.dtype not in FLOATS:
+        raise wrong_type(op, name, "of a floating-point dtype", checked.dtype)
+    return checked
+
+
+def alike(op: str, name: str, value: object, rank: int, input: Tensor, *dtypes: torch.dtype) -> Tensor:
+    """A floating tensor on the input's device, of the input's dtype or of one of `dtypes`.
+
+    Under autocast any floating dtype passes, because the layers before may have cast it.
+    """
+    checked = floating(op, name, value, rank)
+    if checked.device != input.device:
+        raise wrong(op, name, f"on the input's device {input.device}", checked.device)
+    allowed = (input.dtype, *(dtype for dtype in dtypes if dtype != input.dtype))
+    if checked.dtype not in allowed and not torch.is_autocast_enabled(input.device.type):
+        raise wrong_type(op, name, " or ".join(str(dtype) for dtype in allowed), checked.dtype)
+    return checked
+
+
+def shape(op: str, name: str, value: Tensor, wanted: tuple[int, ...], legend: str) -> None:
+    """`value` has the shape `wanted`, explained by `legend`; raises ValueError."""
+    if tuple(value.shape) != wanted:
+        raise wrong(op, name, f"of shape {legend} = {wanted}", f"shape {tuple(value.shape)}")
+
+
+def integer(op: str, name: str, value: object, minimum: int) -> int:
+    """An int of at least `minimum`; raises TypeError, ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise wrong_type(op, name, "an int", repr(value))
+    if value < minimum:
+        raise wrong(op, name, f"at least {minimum}", value)
+    return value
+
+
+def pair(op: str, name: str, value: object, minimum: int) -> list[int]:
+    """An int or a (vertical, horizontal) pair of ints -> the pair; raises TypeError, ValueError."""
+    if isinstance(value, tuple | list):
+        if len(value) != 2:
+            raise wrong(op, name, "an int or a pair of ints", repr(value))
+        return [integer(op, name, part, minimum) for part in value]
+    return [integer(op, name, value, minimum)] * 2
+
+
+def number(op: str, name: str, value: object) -> float:
+    """A finite number; raises TypeError, ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise wrong_type(op, name, "a number", repr(value))
+    if not math.isfinite(value):
+        raise wrong(op, name, "finite", value)
+    return float(value)
+
+
+def compute_dtype(input: Tensor) -> torch.dtype:
+    """The dtype the ops compute in: float64 for float64, else float32."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32

@@ -1,0 +1,178 @@
+"""Position-sensitive RoI pooling (R-FCN); letters and RoIs as in rois.py.
+
+Bins have whole-pixel edges; a bin is the mean of its cells, an empty one is 0. A RoI with a NaN
+coordinate gives NaN; bins whose edges an infinite coordinate makes meaningless are empty.
+Sources: Dai et al., R-FCN, 2016; `psroi_pooling.cu` of the 2017 release.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dcdet.ops import checks
+from dcdet.ops.rois import (
+    check_rois,
+    groups_of_bins,
+    image_indices,
+    map_of_groups,
+    round_half_away,
+    table_of_groups,
+)
+from dcdet.ops.rows import scatter_rows
+
+# Cells listed at once; a cell takes about 40 bytes.
+CELLS = 4 << 20
+
+
+def psroi_pool(
+    input: Tensor,
+    rois: Tensor,
+    spatial_scale: float,
+    output_dim: int,
+    group_size: int,
+    pooled_size: int,
+) -> Tensor:
+    """Pool each RoI to p x p bins, each bin from its own group of channels.
+
+    Shapes: input (N, D * g * g, H, W), rois (R, 5) -> (R, D, p, p) in the input's dtype. RoIs get
+    no gradient. `spatial_scale` is map pixels per image pixel. Raises TypeError and ValueError,
+    naming the argument.
+    """
+    check_rois("psroi_pool", input, rois, spatial_scale, output_dim, group_size, pooled_size)
+    dtype = checks.compute_dtype(input)
+    output: Tensor = _psroi_pool(
+        input.to(dtype), rois.to(dtype), float(spatial_scale), output_dim, group_size, pooled_size
+    )
+    return output.to(input.dtype)
+
+
+class _Cells(NamedTuple):
+    """The cells of a run of bins: bins (n,) per cell `rows` of the table, `owners` in the run."""
+
+    bins: slice
+    rows: Tensor
+    starts: Tensor
+    owners: Tensor
+
+
+class _Bins:
+    """The bins of all RoIs, R * p * p of them, in the order of the output's rows."""
+
+    def __init__(
+        self, shape: torch.Size, rois: Tensor, scale: float, group_size: int, pooled_size: int
+    ) -> None:
+        self.height, self.width = shape[2:]
+        self.pooled = pooled_size
+        self.broken = rois.isnan().any(1)
+        images = image_indices("psroi_pool", rois, shape[0])
+        self.top, rows = _edges(rois[:, 2], rois[:, 4], scale, pooled_size, self.height)
+        self.left, self.columns = _edges(rois[:, 1], rois[:, 3], scale, pooled_size, self.width)
+        self.areas = rows[:, :, None] * self.columns[:, None, :]
+        group = groups_of_bins(group_size, pooled_size, rois.device)
+        groups = images[:, None, None] * group_size**2 + group[:, None] * group_size + group
+        self.first = (groups * self.height + self.top[:, :, None]) * self.width
+        self.first = self.first + self.left[:, None, :]
+
+    def runs(self) -> Iterator[_Cells]:
+        """The cells of all bins, a few RoIs at a time; work a RoI is bounded by the map's size."""
+        most = (self.height + 2 * self.pooled) * (self.width + 2 * self.pooled)
+        step = max(1, CELLS // most)
+        for begin in range(0, self.areas.shape[0], step):
+            areas = self.areas[begin : begin + step].reshape(-1)
+            first = self.first[begin : begin + step].reshape(-1)
+            columns = self.columns[begin : begin + step, None].expand(-1, self.pooled, -1)
+            starts = areas.cumsum(0) - areas
+            owners = torch.repeat_interleave(areas)
+            place = torch.arange(owners.shape[0], device=owners.device) - starts[owners]
+            columns = columns.reshape(-1)[owners]
+            rows = first[owners] + place // columns * self.width + place % columns
+            bins = slice(begin * self.pooled**2, begin * self.pooled**2 + areas.shape[0])
+            yield _Cells(bins, rows, starts, owners)
+
+
+def _edges(
+    low: Tensor, high: Tensor, scale: float, pooled_size: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """First cells and lengths (R, p) of the bins along an axis of `size` cells.
+
+    The order of the roundings is the release's: a floor or ceil one unit apart is another bin.
+    """
+    start = (round_half_away(low) * scale)[:, None]
+    end = ((round_half_away(high) + 1) * scale)[:, None]
+    bin_size = (end - start).clamp(min=0.1) / pooled_size
+    bins = torch.arange(pooled_size, device=low.device, dtype=low.dtype)
+    first = (bins * bin_size + start).floor().clamp(0, size)
+    last = ((bins + 1) * bin_size + start).ceil().clamp(0, size)
+    real = last > first  # false where either is NaN
+    first, last = torch.where(real, first, 0).long(), torch.where(real, last, 0).long()
+    return first, last - first
+
+
+@torch.library.custom_op("dcdet::psroi_pool", mutates_args=())
+def _psroi_pool(
+    input: Tensor,
+    rois: Tensor,
+    spatial_scale: float,
+    output_dim: int,
+    group_size: int,
+    pooled_size: int,
+) -> Tensor:
+    bins = _Bins(input.shape, rois, spatial_scale, group_size, pooled_size)
+    table = table_of_groups(input, 1, group_size)
+    output = input.new_zeros(bins.areas.numel(), output_dim)
+    for run in bins.runs():
+        if run.rows.numel():
+            output[run.bins] = F.embedding_bag(run.rows, table, run.starts, mode="sum")
+    output = output.view(-1, pooled_size, pooled_size, output_dim)
+    output /= bins.areas.clamp(min=1)[..., None]
+    output[bins.broken] = torch.nan
+    return output.permute(0, 3, 1, 2).contiguous()
+
+
+@torch.library.custom_op("dcdet::psroi_pool_backward", mutates_args=())
+def _psroi_pool_backward(
+    grad: Tensor,
+    rois: Tensor,
+    input_shape: list[int],
+    spatial_scale: float,
+    group_size: int,
+    pooled_size: int,
+) -> Tensor:
+    shape = torch.Size(input_shape)
+    bins = _Bins(shape, rois, spatial_scale, group_size, pooled_size)
+    shares = grad.permute(0, 2, 3, 1) / bins.areas.clamp(min=1)[..., None]
+    shares = shares.reshape(-1, grad.shape[1])
+    grad_table = table_of_groups(grad.new_zeros(shape), 1, group_size)
+    for run in bins.runs():
+        scatter_rows(shares[run.bins], run.rows, run.owners, None, grad_table)
+    return map_of_groups(grad_table, shape, 1, group_size)
+
+
+@_psroi_pool.register_fake
+def _(input, rois, spatial_scale, output_dim, group_size, pooled_size):
+    return input.new_empty(rois.shape[0], output_dim, pooled_size, pooled_size)
+
+
+@_psroi_pool_backward.register_fake
+def _(grad, rois, input_shape, spatial_scale, group_size, pooled_size):
+    return grad.new_empty(input_shape)
+
+
+def _save(ctx, inputs, output):
+    input, rois, spatial_scale, _, group_size, pooled_size = inputs
+    ctx.save_for_backward(rois)
+    ctx.geometry = list(input.shape), spatial_scale, group_size, pooled_size
+
+
+def _backward(ctx, grad):
+    grad_input = _psroi_pool_backward(grad, *ctx.saved_tensors, *ctx.geometry)
+    return grad_input, None, None, None, None, None
+
+
+_psroi_pool.register_autograd(_backward, setup_context=_save)
+for _op in (_psroi_pool, _psroi_pool_backward):
+    for _device in ("cpu", "cuda"):
+        _op.register_autocast(_device, torch.float32)

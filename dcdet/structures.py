@@ -1,0 +1,87 @@
+"""The values that travel through dcdet; every one frozen.
+
+Conventions, stated here once for the whole project:
+
+* An image is RGB. Sizes are (height, width).
+* Boxes are continuous xyxy in absolute pixels: a box covers [x1, x2) x [y1, y2), width = x2 - x1.
+  The 2017 systems' inclusive boxes (width = x2 - x1 + 1) are the same boxes with 1 added to x2, y2.
+* Labels are 0..K-1. Background exists inside heads only. Data set category ids exist in the
+  readers and evaluators only.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is known about one image.
+
+    Shapes: boxes (N, 4) float32, labels (N,) int64, ignored (M, 4) float32: regions that are
+    neither object nor background (COCO crowd, VOC difficult).
+    """
+
+    image_id: int | str
+    size: tuple[int, int]  # of the original image, (h, w)
+    boxes: Tensor
+    labels: Tensor
+    ignored: Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image ready for the network: image (3, H, W) uint8, target in that image's pixels.
+
+    `scale` is network pixels per original pixel. `seed` is derived from run seed, epoch and place
+    in the data set; every random choice about this image is drawn from it, so that results do not
+    depend on the number of workers or processes.
+    """
+
+    image: Tensor
+    target: Target
+    scale: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B images padded right and bottom to one size: images (B, 3, Hp, Wp) uint8.
+
+    `sizes` are the images' own network sizes before padding; lists have length B. `skipped` names
+    each file that could not be used for this batch, and why; in training another took its place.
+    """
+
+    images: Tensor
+    sizes: list[tuple[int, int]]
+    targets: list[Target]
+    scales: list[float]
+    seeds: list[int]
+    skipped: tuple[tuple[str, str], ...] = ()
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on `device`."""
+        targets = [
+            replace(
+                t,
+                boxes=t.boxes.to(device, non_blocking=True),
+                labels=t.labels.to(device, non_blocking=True),
+                ignored=t.ignored.to(device, non_blocking=True),
+            )
+            for t in self.targets
+        ]
+        return replace(self, images=self.images.to(device, non_blocking=True), targets=targets)
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What was found in one image, best score first, in the original image's pixels.
+
+    Shapes: boxes (N, 4) float32, scores (N,) float32 in [0, 1], labels (N,) int64.
+    """
+
+    image_id: int | str
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor

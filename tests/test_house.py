@@ -1,0 +1,79 @@
+"""The house keeps to its budget, and siblings among the configs differ only in what they say."""
+
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from conftest import ROOT
+
+from dcdet import build_model, load_config
+from dcdet.datasets.loader import DetectionDataset, train_loader
+from dcdet.engine.setup import build_reader
+from dcdet.registry import check
+
+LINES, FILES = 500, 15
+
+
+def test_from_image_file_to_loss(tmp_path: Path) -> None:
+    """At most 15 own files and 500 distinct lines run for a training pass on two images."""
+    node = f"{{type: Shapes, root: {tmp_path / 's'}, split: train, train_images: 8, test_images: 1}}"
+    config = load_config(
+        ROOT / "configs" / "quickstart" / "rfcn_dcn_r18_shapes.yaml",
+        [f"data.train={node}", "data.workers=0", "data.batch_size=2"],
+    )
+    data = check(config).data
+    dataset = DetectionDataset(build_reader(config, "train"), data, training=True)
+    model = build_model(config).train()
+    package = str(ROOT / "dcdet")
+    seen: set[tuple[str, int]] = set()
+
+    def trace(frame: FrameType, event: str, _argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        if event == "line":
+            seen.add((frame.f_code.co_filename, frame.f_lineno))
+        return trace
+
+    sys.settrace(trace)
+    try:
+        batch = next(iter(train_loader(dataset, data, seed=0, epoch=0)))
+        losses, _ = model(batch)
+        sum(losses.values())
+    finally:
+        sys.settrace(None)
+    files = {name for name, _ in seen}
+    assert 100 < len(seen) <= LINES, len(seen)
+    assert 8 <= len(files) <= FILES, sorted(files)
+
+
+def differing(one: Any, other: Any, path: str = "") -> set[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = one.keys() | other.keys()
+        return set().union(*(differing(one.get(k), other.get(k), f"{path}.{k}".strip(".")) for k in keys))
+    return set() if one == other else {path}
+
+
+def test_plain_and_deformable_siblings_differ_only_in_deformation() -> None:
+    pairs = 0
+    for path in (ROOT / "configs").glob("*/*_dcn_*.yaml"):
+        plain = path.with_name(path.name.replace("_dcn", ""))
+        found = differing(load_config(path).plain(), load_config(plain).plain())
+        assert found == {"model.backbone.deform", "model.roi_head.deformable"}, path.name
+        pairs += 1
+    assert pairs >= 4
+
+
+def test_voc_and_coco_siblings_differ_only_in_their_data() -> None:
+    for kind in ("rfcn", "rfcn_dcn"):
+        folder = ROOT / "configs" / "rfcn"
+        found = differing(
+            load_config(folder / f"{kind}_r101_voc.yaml").plain(), load_config(folder / f"{kind}_r101_coco.yaml").plain()
+        )
+        assert found == {
+            "model.num_classes", "model.rpn.anchor_scales", "model.postprocess.max_per_image",
+            "data.classes", "data.train.type", "data.train.root", "data.train.image_set", "data.train.boxes",
+            "data.test.type", "data.test.root", "data.test.image_set", "data.test.boxes", "data.batch_size",
+            "solver.epochs", "solver.reference_batch", "solver.milestones", "test.evaluator.type",
+            "test.evaluator.metric", "test.evaluator.through_text",
+        }  # fmt: skip

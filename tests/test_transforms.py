@@ -1,0 +1,275 @@
+"""Decoding, resizing and placing boxes, against OpenCV, numpy and the recorded release."""
+
+import contextlib
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from data_sets import picture
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from dcdet.datasets.transforms import (
+    BadImage,
+    network_scale,
+    place_boxes,
+    read_file,
+    read_image,
+    read_size,
+    resize,
+)
+
+IGNORE = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+
+
+def opencv_read(path: str | Path, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
+    image = cv2.imread(str(path), flags)
+    assert image is not None
+    return image[:, :, ::-1]
+
+
+def save(path: Path, image: np.ndarray, **options: Any) -> str:
+    Image.fromarray(image).save(path, **options)
+    return str(path)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".bmp", ".webp"])
+def test_decoding_equals_opencv(tmp_path: Path, suffix: str) -> None:
+    path = str(tmp_path / f"image{suffix}")
+    cv2.imwrite(path, picture((37, 53)))
+    expected = opencv_read(path)
+    np.testing.assert_array_equal(read_image(path), expected)
+    assert read_size(path) == (37, 53)
+
+
+@pytest.mark.parametrize("part", ["coco/val2017", "bccd/JPEGImages"])
+def test_decoding_equals_opencv_on_photographs(shared: Path, part: str) -> None:
+    for path in sorted((shared / "data" / part).glob("*.jpg"))[:10]:
+        np.testing.assert_array_equal(read_image(str(path)), opencv_read(path, IGNORE))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / "image.jpg", picture((24, 40)), exif=exif, quality=95)
+    upright = opencv_read(path)  # OpenCV applies it
+    stored = opencv_read(path, IGNORE)
+    np.testing.assert_array_equal(read_image(path, "apply"), upright)
+    np.testing.assert_array_equal(read_image(path, "ignore"), stored)
+    assert (upright.shape == (40, 24, 3)) == (orientation > 4)
+
+
+def test_pixel_forms_become_rgb(tmp_path: Path) -> None:
+    rgb = picture((6, 7))
+    grey = rgb[:, :, 0]
+    alpha = np.full((6, 7), 99, np.uint8)
+    palette = Image.fromarray(rgb).quantize(8)
+    palette.info["transparency"] = 3
+    palette.save(tmp_path / "palette.png")
+    palette.save(tmp_path / "palette.gif")
+    expected_palette = np.array(palette.getpalette(), np.uint8).reshape(-1, 3)[np.asarray(palette)]
+    np.testing.assert_array_equal(read_image(str(tmp_path / "palette.png")), expected_palette)
+    np.testing.assert_array_equal(read_image(str(tmp_path / "palette.gif")), expected_palette)
+    path = save(tmp_path / "grey.png", grey)
+    np.testing.assert_array_equal(read_image(path), np.stack([grey] * 3, axis=2))
+    path = save(tmp_path / "rgba.png", np.dstack([rgb, alpha]))
+    np.testing.assert_array_equal(read_image(path), rgb)
+    path = save(tmp_path / "la.png", np.dstack([grey, alpha]))
+    np.testing.assert_array_equal(read_image(path), np.stack([grey] * 3, axis=2))
+    Image.fromarray(grey > 100).save(tmp_path / "bits.png")
+    np.testing.assert_array_equal(
+        read_image(str(tmp_path / "bits.png"))[:, :, 1], (grey > 100) * 255
+    )
+    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "cmyk.tiff")
+    np.testing.assert_array_equal(read_image(str(tmp_path / "cmyk.tiff")), rgb)
+
+
+@pytest.mark.parametrize("name", ["grey.png", "grey.tiff", "grey.pgm", "colour.png"])
+def test_sixteen_bits_are_scaled(tmp_path: Path, name: str) -> None:
+    shape = (4, 4) if name.startswith("grey") else (4, 4, 3)
+    deep = np.linspace(0, 65535, int(np.prod(shape))).astype(np.uint16).reshape(shape)
+    cv2.imwrite(str(tmp_path / name), deep[..., ::-1] if deep.ndim == 3 else deep)
+    found = read_image(str(tmp_path / name)).astype(int)
+    expected = deep / 257 if deep.ndim == 3 else np.stack([deep / 257] * 3, axis=2)
+    assert np.abs(found - expected).max() <= 1
+    assert found.min() == 0
+    assert found.max() == 255
+
+
+def _png_header(width: int, height: int) -> bytes:
+    def chunk(content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+        )
+
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = b"IDAT" + zlib.compress(bytes(1000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(header) + chunk(pixels)
+
+
+def _make_bad(folder: Path, kind: str) -> Path:
+    path = folder / f"{kind}.jpg"
+    good = cv2.imencode(".png" if "png" in kind else ".jpg", picture((60, 80)))[1].tobytes()
+    content = {
+        "empty": b"",
+        "html": b"<!DOCTYPE html><title>404</title>",
+        "garbage": bytes(range(256)) * 4,
+        "truncated jpg": good[: len(good) // 2],
+        "truncated png": good[: len(good) // 2],
+        "flipped png": good[:60] + bytes([good[60] ^ 255]) + good[61:],
+        "too large": _png_header(10_000, 8_000),
+        "far too large": _png_header(60_000, 60_000),
+        "too long": _png_header(1, 20_000),
+        "too small": cv2.imencode(".png", picture((2, 2))[:1, :1])[1].tobytes(),
+    }
+    if kind in content:
+        path.write_bytes(content[kind])
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        return Path("/dev/zero")
+    elif kind == "link loop":
+        path.symlink_to(path)
+    elif kind.startswith("animated"):
+        frames = [Image.fromarray(picture((20, 20), seed)) for seed in range(3)]
+        path = folder / f"image.{kind.split()[1]}"
+        frames[0].save(path, save_all=True, append_images=frames[1:])
+    elif kind == "float":
+        path = folder / "float.tiff"
+        Image.fromarray(np.ones((4, 4), np.float32)).save(path)
+    elif kind == "32 bit":
+        path = folder / "int.tiff"
+        Image.fromarray(np.ones((4, 4), np.int32)).save(path)
+    elif kind == "eps":
+        Image.fromarray(picture((20, 20))).save(path, format="EPS")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("missing", "No such file"),
+        ("folder", "not a regular file"),
+        ("fifo", "not a regular file"),
+        ("device", "not a regular file"),
+        ("link loop", "symbolic links"),
+        ("empty", "not an image"),
+        ("html", "not an image"),
+        ("garbage", "not an image"),
+        ("eps", "not an image"),
+        ("truncated jpg", "truncated"),
+        ("truncated png", "truncated"),
+        ("flipped png", "."),
+        ("too large", "10000 x 8000"),
+        ("far too large", "3600000000 pixels"),
+        ("too long", "1 x 20000"),
+        ("too small", "1 x 1"),
+        ("animated gif", "3 images"),
+        ("animated webp", "3 images"),
+        ("float", "32-bit"),
+        ("32 bit", "32-bit"),
+    ],
+)
+def test_bad_files_are_refused_with_a_reason(tmp_path: Path, kind: str, reason: str) -> None:
+    path = _make_bad(tmp_path, kind)
+    with pytest.raises(BadImage, match=reason) as caught:
+        read_image(str(path))
+    assert str(caught.value)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_pixel_limit_and_file_limit(tmp_path: Path) -> None:
+    path = save(tmp_path / "image.png", picture((30, 40)))
+    assert read_image(path, max_pixels=1200).shape == (30, 40, 3)
+    with pytest.raises(BadImage, match="40 x 30"):
+        read_image(path, max_pixels=1199)
+    with pytest.raises(OSError, match="more than 10"):
+        read_file(path, limit=10)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@given(cut=st.integers(0, 2000), change=st.integers(1, 255), place=st.integers(0, 2000))
+def test_damaged_files_never_crash(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, change: int, place: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    for suffix in (".jpg", ".png", ".webp", ".tiff"):
+        data = bytearray(cv2.imencode(suffix, picture((30, 40)))[1].tobytes())
+        data[place % len(data)] ^= change
+        path.write_bytes(bytes(data[: len(data) - cut]))
+        with contextlib.suppress(BadImage):
+            assert read_image(str(path)).shape[2] == 3
+
+
+def test_resize_equals_the_release(shared: Path) -> None:
+    golden = np.load(shared / "golden" / "ops" / "utils_preprocess.npz")
+    image = golden["image"][:, :, ::-1]  # recorded as BGR
+    for case, short, long in (("up", 60, 100), ("capped", 60, 80), ("down", 25, 100)):
+        scale = network_scale(image.shape[:2], short, long)
+        assert scale == golden[f"scale_{case}"][0]
+        expected = golden[f"resized_{case}"][:, :, ::-1].astype(int)
+        found = resize(image, scale)
+        assert found.shape == expected.shape
+        # The recording is OpenCV 4.7's; OpenCV 5.0 gives the very same, others may round.
+        assert np.abs(found - expected).max() <= 1
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 2000), st.integers(0, 2000))
+def test_scale_keeps_both_limits(height: int, width: int, short: int, more: int) -> None:
+    scale = network_scale((height, width), short, short + more)
+    assert max(height, width) * scale <= short + more + 0.5 + 1e-6
+    reaches_short = abs(min(height, width) * scale - short) < 1e-6
+    assert reaches_short or abs(max(height, width) * scale - short - more) < 1e-6
+
+
+def test_an_image_that_would_vanish_is_refused() -> None:
+    with pytest.raises(BadImage, match="too narrow"):
+        resize(picture((2, 4000)), 0.1)
+
+
+sides = st.integers(2, 900)
+fractions = st.tuples(*[st.floats(0, 1)] * 4)
+
+
+@given(sides, sides, fractions, st.floats(0.05, 20), st.booleans())
+def test_inclusive_boxes_follow_the_release(
+    height: int, width: int, place: tuple[float, ...], scale: float, flip: bool
+) -> None:
+    # In the release's own terms: whole inclusive corners, flip, scale, round, clip.
+    x1, x2 = sorted(round(f * (width - 1)) for f in place[:2])
+    y1, y2 = sorted(round(f * (height - 1)) for f in place[2:])
+    network_size = max(1, round(height * scale)), max(1, round(width * scale))
+    expected = np.array([x1, y1, x2, y2])
+    if flip:
+        expected[[0, 2]] = width - x2 - 1, width - x1 - 1
+    scaled = np.round(expected * scale)
+    scaled[0::2] = scaled[0::2].clip(0, network_size[1] - 1)
+    scaled[1::2] = scaled[1::2].clip(0, network_size[0] - 1)
+    box = np.array([[x1, y1, x2 + 1, y2 + 1]], np.float32)
+    found = place_boxes(box, (height, width), network_size, scale, flip, "inclusive")
+    np.testing.assert_array_equal(found[0].numpy(), scaled + np.array([0, 0, 1, 1]))
+
+
+@given(sides, sides, fractions, st.floats(0.05, 20), st.booleans())
+def test_continuous_boxes_stay_inside_and_keep_a_size(
+    height: int, width: int, place: tuple[float, ...], scale: float, flip: bool
+) -> None:
+    x1, x2 = sorted(f * (width - 0.1) for f in place[:2])
+    y1, y2 = sorted(f * (height - 0.1) for f in place[2:])
+    box = np.array([[x1, y1, max(x2, x1 + 0.1), max(y2, y1 + 0.1)]], np.float32)
+    network_size = max(1, round(height * scale)), max(1, round(width * scale))
+    found = place_boxes(box, (height, width), network_size, scale, flip, "continuous")[0].numpy()
+    assert 0 <= found[0] < found[2] <= network_size[1]
+    assert 0 <= found[1] < found[3] <= network_size[0]
+    mirrored = np.array([width - box[0, 2], box[0, 1], width - box[0, 0], box[0, 3]])
+    expected = (mirrored if flip else box[0]) * scale
+    assert np.abs(found - expected).max() <= 0.52 + 1e-3 * scale
