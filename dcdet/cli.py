@@ -64,6 +64,8 @@ def _explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno in _MACHINE | _USER:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}", 4 if error.errno in _MACHINE else 2
+    if isinstance(error, ImportError):
+        return f"{error} (dcdet doctor tells what is missing)", 4
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory: {error}", 4
     what = f"internal: {type(error).__name__}: {error}"
@@ -106,6 +108,12 @@ def _existing_file(text: str) -> Path:
     return path
 
 
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must name a folder")
+    return Path(text)
+
+
 def _share(text: str) -> float:
     try:
         value = float(text)
@@ -123,7 +131,7 @@ def _seed(text: str) -> int:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "--output": {"type": Path, "metavar": "DIR", "help": "default: output/<config name>"},
+    "--output": {"type": _folder, "metavar": "DIR", "help": "default: output/<config name>"},
     "--resume": {"action": "store_true", "help": "continue from the newest good checkpoint"},
     "--device": {"choices": ("cpu", "cuda"), "help": "default: cuda where there is a GPU"},
     "--seed": {"type": _seed, "metavar": "N", "help": "instead of the config's seed"},

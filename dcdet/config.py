@@ -142,13 +142,14 @@ def load_config(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
 
 
 def suggest(word: str, words: Iterable[object]) -> str:
-    """A hint that names the word nearest to `word`, or all words if none is near."""
+    """A hint that names the word nearest to `word`, or the known words if none is near."""
     known = [str(w) for w in words]
     by_lower = {w.lower(): w for w in reversed(known)}
     near = difflib.get_close_matches(word.lower(), by_lower, n=1)
     if near:
         return f"did you mean '{by_lower[near[0]]}'?"
-    return f"known: {', '.join(known)}" if known else ""
+    shown = [*known[:20], "..."] if len(known) > 20 else known
+    return f"known: {', '.join(shown)}" if known else ""
 
 
 def _read(name: str) -> str:

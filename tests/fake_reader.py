@@ -1,6 +1,7 @@
 """A data set made of numbers, for the evaluators' tests."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,9 @@ class FakeReader:
     records: list[Record]
 
 
-def record(image_id, xywh, labels, ignore=None, areas=None) -> Record:
+def record(
+    image_id: int | str, xywh: Any, labels: Any, ignore: Any = None, areas: Any = None
+) -> Record:
     """A record with the given truth; boxes for training, which evaluators must not use, are odd."""
     corners = np.array(xywh, dtype=np.float64).reshape(-1, 4)
     number = len(corners)
@@ -39,7 +42,7 @@ def record(image_id, xywh, labels, ignore=None, areas=None) -> Record:
     )
 
 
-def detections(image_id, boxes, scores, labels) -> Detections:
+def detections(image_id: int | str, boxes: Any, scores: Any, labels: Any) -> Detections:
     return Detections(
         image_id,
         torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
@@ -49,24 +52,22 @@ def detections(image_id, boxes, scores, labels) -> Detections:
 
 
 @st.composite
-def data_sets(draw, num_classes: int = 3, most_images: int = 4):
-    """(reader, detections): crowded, with ties in score and overlap, and truth without finds."""
+def data_sets(draw: st.DrawFn) -> tuple[FakeReader, list[Detections]]:
+    """Up to 4 images of 3 classes: crowded, with ties in score and overlap, and misses."""
     place, side = st.integers(0, 12), st.integers(1, 12)
-    ids = draw(st.lists(st.integers(1, 99), min_size=1, max_size=most_images, unique=True))
+    box_and_class = (place, place, side, side, st.integers(0, 2))
+    an_object = st.tuples(*box_and_class, st.sampled_from([False, False, True]))
+    a_detection = st.tuples(*box_and_class, st.integers(0, 6), st.sampled_from([0.0, 0.26, 0.5]))
+    ids = draw(st.lists(st.integers(1, 99), min_size=1, max_size=4, unique=True))
     records, found = [], []
     for image_id in ids:
-        objects = draw(st.lists(st.tuples(place, place, side, side, st.integers(0, num_classes - 1),
-                                          st.sampled_from([False, False, True])), max_size=6))
-        records.append(record(image_id, [o[:4] for o in objects], [o[4] for o in objects],
-                              [o[5] for o in objects]))
-        rows = draw(st.lists(st.tuples(place, place, side, side, st.integers(0, num_classes - 1),
-                                       st.integers(0, 6), st.sampled_from([0.0, 0.26, 0.5])),
-                             max_size=10))
+        objects = draw(st.lists(an_object, max_size=6))
+        truth = ([o[:4] for o in objects], [o[4] for o in objects], [o[5] for o in objects])
+        records.append(record(image_id, *truth))
+        rows = draw(st.lists(a_detection, max_size=10))
         # Some detections are exactly on an object, so that there is something to find.
         rows += [(*o[:5], draw(st.integers(0, 6)), 0.0) for o in objects if draw(st.booleans())]
-        found.append(detections(image_id, [(x + d, y, x + d + w, y + h)
-                                           for x, y, w, h, _, _, d in rows],
-                                [s / 8 for *_, s, _ in rows], [row[4] for row in rows]))
-    names = [f"class {number}" for number in range(num_classes)]
-    reader = FakeReader("fake 2007_test", names, [3, 17, 90][:num_classes], records)
-    return reader, found
+        boxes = [(x + d, y, x + d + w, y + h) for x, y, w, h, _, _, d in rows]
+        scores = [score / 8 for *_, score, _ in rows]
+        found.append(detections(image_id, boxes, scores, [row[4] for row in rows]))
+    return FakeReader("fake 2007_test", ["a", "b", "c"], [3, 17, 90], records), found

@@ -207,7 +207,7 @@ def test_areas_are_optional_and_mended(tmp_path: Path) -> None:
     content["annotations"][2]["area"] = -4
     reader = read(write_coco(tmp_path, content))
     assert [r.truth.areas.tolist() for r in reader.records] == [[20.5 * 10.75]] * 3
-    assert count_kinds(reader.problems) == "2 bad area"
+    assert count_kinds(reader.problems) == "2 x bad area"
 
 
 def test_dangling_references_are_counted(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_dangling_references_are_counted(tmp_path: Path) -> None:
     reader = read(write_coco(tmp_path, content))
     assert [len(r.boxes) for r in reader.records] == [0, 0, 1]
     assert count_kinds(reader.problems) == (
-        "1 annotation of an unknown image, 1 annotation of an unknown category"
+        "1 x annotation of an unknown image, 1 x annotation of an unknown category"
     )
 
 
@@ -230,7 +230,7 @@ def test_missing_sizes_are_read_from_the_image(tmp_path: Path) -> None:
     (tmp_path / "annotations" / "instances_train.json").write_text(json.dumps(content))
     reader = read(tmp_path)
     assert [r.size for r in reader.records] == [(40, 60), (0, 0), (40, 60)]
-    assert count_kinds(reader.problems) == "2 missing size"
+    assert count_kinds(reader.problems) == "2 x missing size"
     assert [len(r.boxes) for r in reader.records] == [1, 1, 1]
 
 

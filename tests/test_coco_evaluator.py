@@ -2,6 +2,7 @@ import contextlib
 import importlib.util
 import io
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def official(annotations, results, images):
 
 def as_coco(reader):
     """A reader's truth as the dictionary of a COCO file; annotation ids count from 1."""
-    annotations = []
+    annotations: list[dict[str, Any]] = []
     for r in reader.records:
         rows = zip(r.truth.xywh, r.truth.labels, r.truth.ignore, r.truth.areas, strict=True)
         for box, label, crowd, area in rows:

@@ -385,6 +385,7 @@ def test_suggest() -> None:
     assert suggest("resnet", ["ResNet"]) == "did you mean 'ResNet'?"
     assert suggest("zzz", ["a", "b"]) == "known: a, b"
     assert suggest("zzz", []) == ""
+    assert suggest("zzz", range(100)).endswith(" 19, ...")
 
 
 def test_floats_are_exact(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from dcdet.visualize.draw import class_colour, draw_detections
 GREY = 90
 
 
-def found(boxes, scores=None, labels=None) -> Detections:
+def found(boxes, scores=None, labels=None):
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     number = len(boxes)
     return Detections(
@@ -103,7 +103,8 @@ def test_text_contrasts_with_its_label(label):
 
 
 @pytest.mark.parametrize(
-    ("width", "expected"), [(600, r"a very long name 0\.50"), (90, r"a v.*\w… 0\.50"), (38, r"0\.50")]
+    ("width", "expected"),
+    [(600, r"a very long name 0\.50"), (90, r"a v.*\w… 0\.50"), (38, r"0\.50")],
 )
 def test_long_name_is_shortened_and_keeps_its_score(width, expected):
     text, font = draw._fit("a very long name", "0.50", 12, width)
@@ -114,7 +115,9 @@ def test_long_name_is_shortened_and_keeps_its_score(width, expected):
     assert 30 <= ink.any(axis=0).sum() <= width
 
 
-@pytest.mark.parametrize("name", ["Привет", "naïve café", "猫 🐱", "two\nlines\tand\x00more", "", "\u202eabc"])
+@pytest.mark.parametrize(
+    "name", ["Привет", "naïve café", "猫 🐱", "two\nlines\tand\x00more", "", "\u202eabc"]
+)
 def test_any_name_is_drawn_on_one_line(name):
     assert label_patch(name).shape[0] <= label_patch("plain").shape[0] + 8
 

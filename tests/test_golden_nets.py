@@ -88,7 +88,7 @@ def test_every_recorded_map_agrees(shared: Path, recorded_run: tuple[nn.Module, 
             continue
         close(subsample(maps[name], info["subsample_steps"].get(name)), arrays[name], name)
         compared += 1
-    assert compared == 15
+    assert compared == 16
     close((maps["bbox_pred"] * model.roi_head.box_std).numpy(), arrays["bbox_pred"][:, 4:], "bbox_pred")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from conftest import ROOT
 from torch import nn
 
 from dcdet import registry
@@ -352,6 +353,16 @@ def test_real_table_has_only_classes_that_a_config_can_fill() -> None:
             for parameter in registry._parameters(cls).values():
                 assert parameter.kind is not inspect.Parameter.VAR_KEYWORD
                 assert parameter.name in hints, f"{role} {name}.{parameter.name} has no annotation"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_real_configs_are_sound_and_survive_dump_and_load(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    registry.check(config)
+    config.dump(tmp_path / "config.yaml")
+    again = load_config(tmp_path / "config.yaml")
+    assert again == config
+    registry.check(again)
 
 
 def test_real_table_is_complete() -> None:

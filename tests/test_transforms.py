@@ -231,6 +231,20 @@ def test_scale_keeps_both_limits(height: int, width: int, short: int, more: int)
     assert reaches_short or abs(max(height, width) * scale - short - more) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("size", "scale"),
+    [
+        ((60, 100), 1.0),
+        ((100, 60), 1.0),
+        ((60, 101), 100 / 101),
+        ((30, 50), 2.0),
+        ((30, 51), 100 / 51),
+    ],
+)
+def test_the_long_side_limits_the_scale(size: tuple[int, int], scale: float) -> None:
+    assert network_scale(size, 60, 100) == scale
+
+
 def test_an_image_that_would_vanish_is_refused() -> None:
     with pytest.raises(BadImage, match="too narrow"):
         resize(picture((2, 4000)), 0.1)

@@ -78,7 +78,7 @@ def test_bccd_equals_its_xml_and_names_the_two_degenerate_boxes(
     ]
     assert reader.problems[0].where.endswith("BloodImage_00338.xml:158")
     assert "(504, 337, 504, 337)" in str(reader.problems[0])
-    assert "2 degenerate box" in caplog.text
+    assert "2 x degenerate box" in caplog.text
 
 
 def test_image_sets_are_joined_over_years_and_roots(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_missing_tags(tmp_path: Path) -> None:
     reader = read(tmp_path)
     assert reader.records[0].size == SIZE  # of the image file
     assert count_kinds(reader.problems) == (
-        "1 missing size, 1 box without four numbers, 1 unknown class ''"
+        "1 x missing size, 1 x box without four numbers, 1 x unknown class ''"
     )
 
 
@@ -177,7 +177,7 @@ def test_unknown_class_is_named_with_the_nearest(tmp_path: Path) -> None:
     write_voc(tmp_path, {"a": (SIZE, [CAT, ("dgo", 1, 1, 9, 9)])})
     reader = read(tmp_path)
     assert "class 'dgo' is not in data.classes; did you mean 'dog'?" in str(reader.problems[0])
-    assert count_kinds(reader.problems) == "1 unknown class 'dgo'"
+    assert count_kinds(reader.problems) == "1 x unknown class 'dgo'"
 
 
 def test_no_known_class_at_all_is_an_error(tmp_path: Path) -> None:

@@ -27,21 +27,23 @@ def written(found, category):
         rows = zip(one.boxes.tolist(), one.scores.tolist(), one.labels.tolist(), strict=True)
         for (x1, y1, x2, y2), score, label in rows:
             if label == category:  # 0-based inclusive corners there, plus 1
-                lines.append(f"{one.image_id} {score:.3f} {x1 + 1:.1f} {y1 + 1:.1f} "
-                             f"{x2 - 1 + 1:.1f} {y2 - 1 + 1:.1f}")
+                lines.append(
+                    f"{one.image_id} {score:.3f} {x1 + 1:.1f} {y1 + 1:.1f} "
+                    f"{x2 - 1 + 1:.1f} {y2 - 1 + 1:.1f}"
+                )
     return [(line.split()[0], *map(float, line.split()[1:])) for line in lines]
 
 
 def slow_average_precision(reader, found, category, threshold, eleven_points):
-    """The rules of SEEDS.md 9 in plain loops, one detection after the other over all images."""
+    """The 2017 release's rules in plain loops, one detection after the other over all images."""
     places = {str(r.image_id): place for place, r in enumerate(reader.records)}
     objects = {}
     for r in reader.records:
         truth = r.truth
         objects[str(r.image_id)] = [
             [x + 1, y + 1, x + w, y + h, bool(hard), False]
-            for (x, y, w, h), label, hard in zip(truth.xywh, truth.labels, truth.ignore, strict=True)
-            if label == category
+            for (x, y, w, h), of, hard in zip(truth.xywh, truth.labels, truth.ignore, strict=True)
+            if of == category
         ]
     total = sum(not o[4] for group in objects.values() for o in group)
     if total == 0:
@@ -306,8 +308,10 @@ def test_malformed_results_file_is_named(tmp_path, content, message):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(st.sampled_from(list(GOOD)), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(list(GOOD)), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 
@@ -324,7 +328,7 @@ def test_any_json_is_read_or_named(tmp_path_factory, rows):
     try:
         found = read_detections(path, reader)
     except UserError as error:
-        assert "[" in str(error)
+        assert str(error.where).startswith(f"{path}: [")  # noqa: PT017
     else:
         assert sum(len(one.scores) for one in found) == len(rows)
         assert all(one.boxes.isfinite().all() for one in found)

@@ -115,8 +115,13 @@ def run(arguments: "list[str]") -> int:
     child = subprocess.Popen([str(PYTHON), *arguments], cwd=str(ROOT), env=environment())
     try:
         code = child.wait()
+    except KeyboardInterrupt:
+        # The child saw Ctrl-C too, and may be writing a checkpoint.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=60)
+        child.terminate()
+        raise
     except BaseException:
-        # The child saw Ctrl-C itself, and may be writing a checkpoint.
         child.terminate()
         child.wait()
         raise

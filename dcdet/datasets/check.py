@@ -48,8 +48,9 @@ def _check_part(
         )
     except UserError as error:
         problems = error.problems if isinstance(error, DataError) else []
+        what = error.what + (f" ({error.hint})" if error.hint else "")
         write(f"{part}: not usable")
-        _write_problems(problems or [Problem(str(error.where), error.what, "error")], write)
+        _write_problems(problems or [Problem(error.where, what, "error")], write)
         return 2, set()
     _describe(reader, part, write)
     _write_problems(reader.problems, write)
@@ -103,7 +104,7 @@ def _write_problems(problems: list[Problem], write: Write) -> None:
     for problem in problems:
         kinds[problem.kind].append(problem)
     for kind, members in kinds.items():
-        write(f"  {len(members)} {kind}:")
+        write(f"  {len(members)} x {kind}:")
         for problem in members:
             write(f"    {problem}")
 

@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -77,6 +78,7 @@ class COCO:
         self._seen: dict[str, dict[int, str]] = {"images": {}, "annotations": {}}
         for part in (image_set or "").split("+"):
             self._read(*_locate(root, part, annotations, images), classes)
+        del self._seen  # large, and copied to every worker
         if not self.records:
             self._found.add(root, f"no images in {self.name}", "no images", fatal=True)
         self.problems: list[Problem] = self._found.finish(self.name, len(self.records))
@@ -254,12 +256,7 @@ class COCO:
             return False
         for key, kind in keys.items():
             value = item.get(key)
-            good = {
-                "an integer": _is_integer(value),
-                "a string": isinstance(value, str),
-                "a list": isinstance(value, list),
-            }[kind]
-            if not good:
+            if not KINDS[kind](value):
                 identity = f" (id {item['id']!r:.40})" if "id" in item else ""
                 got = f"got {value!r:.80}" if key in item else "it is missing"
                 self._found.add(
@@ -325,12 +322,20 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+KINDS: dict[str, Callable[[Any], bool]] = {
+    "an integer": _is_integer,
+    "a string": lambda value: isinstance(value, str),
+    "a list": lambda value: isinstance(value, list),
+}
+
+
 def _locate(
     root: str, image_set: str, annotations: str | None, images: str | None
 ) -> tuple[str, str]:
     """(annotation file, image folder) of one image set."""
-    kind = "image_info" if image_set.startswith("test") else "instances"
-    file = annotations or f"annotations/{kind}_{image_set}.json"
+    file = annotations or f"annotations/instances_{image_set}.json"
+    if image_set.startswith("test") and not os.path.exists(os.path.join(root, file)):
+        file = f"annotations/image_info_{image_set}.json"  # a test set without annotations
     folder = images or IMAGE_FOLDERS.get(image_set, image_set)
     if images is None and os.path.isdir(os.path.join(root, "images", folder)):
         folder = os.path.join("images", folder)

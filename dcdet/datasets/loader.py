@@ -6,6 +6,7 @@ Worker processes and ranks change who prepares a batch, never what is in it. B i
 import contextlib
 import hashlib
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
@@ -347,15 +348,17 @@ def _load(
     reading = torch.full((max(1, workers),), -1)
     loader: Any = None
     try:
-        loader = iter(
-            DataLoader(
-                _Batches(dataset, plan, reading.share_memory_() if workers else reading),
-                batch_size=None,
-                num_workers=workers,
-                timeout=section.timeout if workers else 0,
-                worker_init_fn=_start_worker,
+        with warnings.catch_warnings():  # the config decides on workers, not the number of cores
+            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+            loader = iter(
+                DataLoader(
+                    _Batches(dataset, plan, reading.share_memory_() if workers else reading),
+                    batch_size=None,
+                    num_workers=workers,
+                    timeout=section.timeout if workers else 0,
+                    worker_init_fn=_start_worker,
+                )
             )
-        )
         for batch in loader:
             dataset.count_bad(batch)
             yield batch

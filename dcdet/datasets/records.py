@@ -108,9 +108,9 @@ class ProblemList:
 
 
 def count_kinds(problems: Iterable[Problem]) -> str:
-    """The problems counted by kind, most frequent first: "2 degenerate box, 1 unknown class"."""
+    """The problems counted by kind, most frequent first: "2 x degenerate box, 1 x no images"."""
     counts = Counter(problem.kind for problem in problems)
-    return ", ".join(f"{number} {kind}" for kind, number in counts.most_common())
+    return ", ".join(f"{number} x {kind}" for kind, number in counts.most_common())
 
 
 def clean_box(

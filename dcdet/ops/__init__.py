@@ -1,0 +1,12 @@
+"""Deformable convolution, position-sensitive RoI pooling and non-maximum suppression.
+
+Each op checks its arguments, then runs on torch alone, on CPU and CUDA; slow twins for tests stand
+in reference.py. The pooling ops take RoIs in the 2017 release's inclusive pixels (rois.py).
+"""
+
+from dcdet.ops.deform_conv import deform_conv2d
+from dcdet.ops.deform_psroi_pool import deform_psroi_pool
+from dcdet.ops.nms import batched_nms, nms
+from dcdet.ops.psroi_pool import psroi_pool
+
+__all__ = ["batched_nms", "deform_conv2d", "deform_psroi_pool", "nms", "psroi_pool"]

@@ -40,7 +40,9 @@ def floating(op: str, name: str, value: object, rank: int) -> Tensor:
     return checked
 
 
-def alike(op: str, name: str, value: object, rank: int, input: Tensor, *dtypes: torch.dtype) -> Tensor:
+def alike(
+    op: str, name: str, value: object, rank: int, input: Tensor, *dtypes: torch.dtype
+) -> Tensor:
     """A floating tensor on the input's device, of the input's dtype or of one of `dtypes`.
 
     Under autocast any floating dtype passes, because the layers before may have cast it.

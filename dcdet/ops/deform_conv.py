@@ -14,12 +14,15 @@ Conventions of every offset in dcdet's convolutions:
   integer. It is 0 outside, at exactly -1, and under "original" from H - 1 on.
 * A NaN position gives NaN, an infinite or huge one 0. Mask and input follow IEEE arithmetic.
 
-Letters: B images, C input and O output channels, G offset groups, K = kh * kw taps, P output pixels.
+Letters: B images, C input and O output channels, G offset groups, K = kh * kw taps, P = B * H' * W'
+output pixels.
 Sources: Dai et al., Deformable Convolutional Networks, 2017; Zhu et al., Deformable ConvNets v2,
 2019; `deformable_im2col.cuh` of the 2017 release for the border rules.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,238 +68,173 @@ def deform_conv2d(
     if border not in ("zero", "original"):
         raise checks.wrong(op, "border", "'zero' or 'original'", repr(border))
 
-    batch, channels, height, width = input.shape
-    out_channels, group_channels, kernel_h, kernel_w = weight.shape
-    if min(channels, height, width) < 1:
+    batch, channels, *size = input.shape
+    out_channels, group_channels, *kernel = weight.shape
+    if min(channels, *size) < 1:
         raise checks.wrong(op, "input", "of at least 1 channel and pixel", tuple(input.shape))
-    if min(out_channels, group_channels, kernel_h, kernel_w) < 1:
-        raise checks.wrong(op, "weight", "without empty dimensions", tuple(weight.shape))
-    if channels % group_channels:
+    if min(weight.shape) < 1 or channels % group_channels:
         wanted = f"(O, C / groups, kh, kw) where C = {channels}"
         raise checks.wrong(op, "weight", wanted, f"shape {tuple(weight.shape)}")
-    groups = channels // group_channels
-    if out_channels % groups:
-        wanted = f"of O divisible by the {groups} groups"
+    if out_channels % (channels // group_channels):
+        wanted = f"of O divisible by the {channels // group_channels} groups"
         raise checks.wrong(op, "weight", wanted, f"shape {tuple(weight.shape)}")
-
-    out_h, out_w = _output_size(input, weight, strides, paddings, dilations)
+    reach = [dilations[i] * (kernel[i] - 1) + 1 - 2 * paddings[i] for i in (0, 1)]
+    out_h, out_w = [(size[i] - reach[i]) // strides[i] + 1 for i in (0, 1)]
     if min(out_h, out_w) < 1:
-        wanted = "no larger than the padded input"
-        raise checks.wrong(op, "kernel", wanted, f"an output of {out_h} x {out_w} pixels")
-    taps = kernel_h * kernel_w
+        wanted = f"no larger than the padded input {tuple(size)}"
+        raise checks.wrong(op, "kernel", wanted, f"{tuple(kernel)} with dilation {dilations}")
+    taps = kernel[0] * kernel[1]
     offset_groups = offset.shape[1] // (2 * taps)
-    if offset_groups < 1 or offset.shape[1] != 2 * taps * offset_groups:
-        wanted = f"of 2 * G * {taps} channels"
+    if offset_groups < 1 or channels % offset_groups:
+        wanted = f"of 2 * G * {taps} channels, G a divisor of {channels}"
         raise checks.wrong(op, "offset", wanted, f"shape {tuple(offset.shape)}")
-    if channels % offset_groups:
-        wanted = f"of offset groups that divide the {channels} input channels"
-        raise checks.wrong(op, "offset", wanted, f"{offset_groups} offset groups")
-    legend = "(B, 2 * G * K, H', W')"
-    checks.shape(op, "offset", offset, (batch, 2 * offset_groups * taps, out_h, out_w), legend)
+    wanted_shape = (batch, 2 * offset_groups * taps, out_h, out_w)
+    checks.shape(op, "offset", offset, wanted_shape, "(B, 2 * G * K, H', W')")
     if bias is not None:
         checks.alike(op, "bias", bias, 1, input)
         checks.shape(op, "bias", bias, (out_channels,), "(O,)")
     if mask is not None:
         checks.alike(op, "mask", mask, 4, input, torch.float32)
-        legend = "(B, G * K, H', W')"
-        checks.shape(op, "mask", mask, (batch, offset_groups * taps, out_h, out_w), legend)
+        wanted_shape = (batch, offset_groups * taps, out_h, out_w)
+        checks.shape(op, "mask", mask, wanted_shape, "(B, G * K, H', W')")
 
     dtype = checks.compute_dtype(input)
-    output: Tensor = _deform_conv2d(
-        input.to(dtype),
-        offset.to(dtype),
-        weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-        None if mask is None else mask.to(dtype),
-        strides,
-        paddings,
-        dilations,
-        border == "original",
-    )
+    tensors = [None if t is None else t.to(dtype) for t in (input, offset, weight, bias, mask)]
+    geometry = (strides, paddings, dilations, border == "original")
+    output: Tensor = _deform_conv2d(*tensors, *geometry)
     return output.to(input.dtype)
-
-
-def _output_size(
-    input: Tensor, weight: Tensor, stride: list[int], padding: list[int], dilation: list[int]
-) -> tuple[int, int]:
-    height, width = (
-        (input.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1)
-        // stride[i]
-        + 1
-        for i in (0, 1)
-    )
-    return height, width
 
 
 class _Samples(NamedTuple):
     """Where a run of output pixels reads the table: n = pixels * K * G samples, in that order.
 
     `corners` (n, 4) are row numbers: (y0, x0), (y0, x0 + 1), (y0 + 1, x0), (y0 + 1, x0 + 1);
-    `fraction_y` and `fraction_x` (n,) lie between them; `mask` is (n,) or None; `stays_y` and
-    `stays_x` (n,) mark the positions held at the last row or column, without a gradient.
+    `fraction` (2, n) lies between them, y first; `mask` is (n,) or None; `held` (2, n) marks the
+    positions held at the last row or column, where they have no gradient (None: nowhere).
     """
 
     corners: Tensor
-    fraction_y: Tensor
-    fraction_x: Tensor
+    fraction: Tensor
     mask: Tensor | None
-    stays_y: Tensor | None
-    stays_x: Tensor | None
+    held: Tensor | None
 
     def bilinear(self) -> Tensor:
         """The corners' weights without the mask -> (n, 4)."""
-        y, x = self.fraction_y, self.fraction_x
+        y, x = self.fraction
         return torch.stack([(1 - y) * (1 - x), (1 - y) * x, y * (1 - x), y * x], dim=1)
 
     def weights(self) -> Tensor:
         """The corners' weights -> (n, 4)."""
         return self.bilinear() if self.mask is None else self.bilinear() * self.mask[:, None]
 
-    def slopes(self, dots: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the four corner weights (n, 4) -> those of y and x, (n,) each."""
+    def slopes(self, dots: Tensor) -> Tensor:
+        """Gradients of the four corner weights (n, 4) -> those of the positions (2, n)."""
+        y, x = self.fraction
         upper_left, upper_right, lower_left, lower_right = dots.unbind(1)
-        grad_y = torch.lerp(lower_left - upper_left, lower_right - upper_right, self.fraction_x)
-        grad_x = torch.lerp(upper_right - upper_left, lower_right - lower_left, self.fraction_y)
-        if self.stays_y is not None and self.stays_x is not None:
-            grad_y.masked_fill_(self.stays_y, 0)
-            grad_x.masked_fill_(self.stays_x, 0)
-        return grad_y, grad_x
+        grad_y = torch.lerp(lower_left - upper_left, lower_right - upper_right, x)
+        grad_x = torch.lerp(upper_right - upper_left, lower_right - lower_left, y)
+        grad = torch.stack([grad_y, grad_x])
+        return grad if self.held is None else grad.masked_fill(self.held, 0)
 
 
 class _Sampler:
-    """One call's geometry: cuts the output pixels into runs and finds each run's samples."""
+    """One call's geometry: cuts the output pixels into runs and finds each run's samples.
+
+    `table` holds the input as rows of one offset group's channels, pixel by pixel, with PAD zero
+    pixels around each image.
+    """
 
     def __init__(
-        self,
-        input: Tensor,
-        offset: Tensor,
-        weight: Tensor,
-        mask: Tensor | None,
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        original: bool,
+        self, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, original: bool
     ) -> None:
         self.batch, self.channels, self.height, self.width = input.shape
         self.kernel_w, self.taps = weight.shape[3], weight.shape[2] * weight.shape[3]
-        self.out_h, self.out_w = offset.shape[2:]
+        self.groups = self.channels // weight.shape[1]
         self.offset_groups = offset.shape[1] // (2 * self.taps)
-        self.stride, self.padding, self.dilation = stride, padding, dilation
-        self.original = original
+        self.out_h, self.out_w = offset.shape[2:]
         self.pixels = self.batch * self.out_h * self.out_w
-        self.table_shape = (self.batch, self.height + 2 * PAD, self.width + 2 * PAD, self.channels)
-        self.table = self._rows(self._padded(input))
-        split = (self.batch, self.offset_groups, self.taps, 2, self.out_h, self.out_w)
-        by_pixel = offset.reshape(split).permute(3, 0, 4, 5, 2, 1).contiguous()
-        self.dy, self.dx = by_pixel.view(2, self.pixels, self.taps, self.offset_groups)
-        self.mask = None if mask is None else self._by_pixel(mask)
+        self.original = original
+        self.padded = (self.batch, self.height + 2 * PAD, self.width + 2 * PAD, self.channels)
+        padded = input.new_zeros(self.padded)
+        self.as_map(padded).copy_(input)
+        self.table = padded.view(-1, self.channels // self.offset_groups)
+        self.offset = self._by_pixel(offset, 2)
+        self.mask = None if mask is None else self._by_pixel(mask, 1)[0]
 
-    def _padded(self, input: Tensor) -> Tensor:
-        table = input.new_zeros(self.table_shape)
-        self._inside(table).copy_(input)
-        return table
+    def as_map(self, table: Tensor) -> Tensor:
+        """The view of a table without its border, as (B, C, H, W)."""
+        rows, columns = slice(PAD, PAD + self.height), slice(PAD, PAD + self.width)
+        return table.view(self.padded)[:, rows, columns].permute(0, 3, 1, 2)
 
-    def _inside(self, table: Tensor) -> Tensor:
-        """The map within a padded table, as (B, C, H, W)."""
-        inner = table.view(self.table_shape)[:, PAD : PAD + self.height, PAD : PAD + self.width]
-        return inner.permute(0, 3, 1, 2)
+    def _by_pixel(self, values: Tensor, parts: int) -> Tensor:
+        """Offset (2 parts) or mask (1 part) -> (parts, P, K, G)."""
+        values = values.unflatten(1, (self.offset_groups, self.taps, parts))
+        return values.permute(3, 0, 4, 5, 2, 1).contiguous().flatten(1, 3)
 
-    def _rows(self, table: Tensor) -> Tensor:
-        return table.view(-1, self.channels // self.offset_groups)
+    def by_channel(self, values: Tensor) -> Tensor:
+        """The inverse of `_by_pixel`: (parts, P * K * G) -> (B, G * K * parts, H', W')."""
+        split = (self.batch, self.out_h, self.out_w, self.taps, self.offset_groups)
+        return values.view(-1, *split).permute(1, 5, 4, 0, 2, 3).contiguous().flatten(1, 3)
 
-    def _by_pixel(self, mask: Tensor) -> Tensor:
-        split = (self.batch, self.offset_groups, self.taps, self.out_h, self.out_w)
-        return mask.reshape(split).permute(0, 3, 4, 2, 1).contiguous().view(self.pixels, -1)
-
-    def runs(self) -> list[slice]:
+    def runs(self) -> Iterator[slice]:
         """Slices of output pixels whose columns, indices and weights fit COLUMN_BYTES."""
-        item = self.table.element_size()
-        a_pixel = self.taps * (self.channels * item + self.offset_groups * 64)
+        bytes_of_pixel = self.taps * (self.channels * 4 + self.offset_groups * 64)
         limit = COLUMN_BYTES["cpu" if self.table.device.type == "cpu" else "cuda"]
-        length = max(1, limit // a_pixel)
-        return [
-            slice(first, min(first + length, self.pixels))
-            for first in range(0, self.pixels, length)
-        ]
+        length = max(1, limit // bytes_of_pixel)
+        for first in range(0, self.pixels, length):
+            yield slice(first, min(first + length, self.pixels))
 
-    def samples(self, run: slice) -> _Samples:
-        """The samples of a run of output pixels."""
-        device = self.table.device
-        pixel = torch.arange(run.start, run.stop, device=device)[:, None, None]
-        tap = torch.arange(self.taps, device=device)[:, None]
-        image = pixel // (self.out_h * self.out_w)
-        out_y, out_x = pixel // self.out_w % self.out_h, pixel % self.out_w
-        tap_y, tap_x = tap // self.kernel_w, tap % self.kernel_w
-        base_y = out_y * self.stride[0] - self.padding[0] + tap_y * self.dilation[0]
-        base_x = out_x * self.stride[1] - self.padding[1] + tap_x * self.dilation[1]
-        cell_y, fraction_y, stays_y = self._split(base_y + self.dy[run], self.height)
-        cell_x, fraction_x, stays_x = self._split(base_x + self.dx[run], self.width)
+    def samples(
+        self, run: slice, stride: list[int], padding: list[int], dilation: list[int]
+    ) -> _Samples:
+        """The samples of a run of output pixels.
 
-        row_type = index_dtype(self.table.shape[0])
-        _, table_h, table_w, _ = self.table_shape
-        group = torch.arange(self.offset_groups, device=device, dtype=row_type)
-        cell = (image.to(row_type) * table_h + cell_y.to(row_type) + PAD) * table_w
-        cell = (cell + cell_x.to(row_type) + PAD) * self.offset_groups + group
-        right, below = self.offset_groups, table_w * self.offset_groups
-        step = torch.tensor([0, right, below, below + right], device=device, dtype=row_type)
-        return _Samples(
-            cell.view(-1, 1) + step,
-            fraction_y.view(-1),
-            fraction_x.view(-1),
-            None if self.mask is None else self.mask[run].view(-1),
-            stays_y,
-            stays_x,
-        )
-
-    def _split(self, position: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Positions along an axis of `size` pixels -> lower cell, fraction, held at the end.
-
-        A position outside falls to a cell of zeros, -2 or `size`: the cell is always safe to cast
-        and to read, whatever came in. The fraction of a NaN is NaN, and so is then the sample.
+        A position outside falls to a cell of zeros, -PAD or the map's size: the cell is always safe
+        to cast and to read, whatever came in. The fraction of a NaN is NaN, so then is the sample.
         """
-        stays = None
+        arange = partial(torch.arange, device=self.table.device)
+        pixel, tap = arange(run.start, run.stop)[:, None, None], arange(self.taps)[:, None]
+        size = pixel.new_tensor([self.height, self.width]).view(2, 1, 1, 1)
+        base_y = pixel // self.out_w % self.out_h * stride[0] + tap // self.kernel_w * dilation[0]
+        base_x = pixel % self.out_w * stride[1] + tap % self.kernel_w * dilation[1]
+        base = torch.stack([base_y - padding[0], base_x - padding[1]])
+        position = base + self.offset[:, run]
+        held = None
         if self.original:
-            inside = position >= 0
-            last = position >= size - 1
-            position = torch.where(last & (position < size), size - 1, position)
-            stays = last.view(-1)
+            inside, held = position >= 0, position >= size - 1
+            position = torch.where(held & (position < size), size - 1, position)
+            held = held.view(2, -1)
         else:
             inside = position > -1
-        position = position.clamp(-PAD, size)
+        position = position.clamp(-PAD * torch.ones_like(size), size)
         cell = torch.where(inside, position.floor(), -PAD)
-        return cell, position - cell, stays
 
-    def grad_input(self, table_grad: Tensor) -> Tensor:
-        """The table's gradient -> the input's (B, C, H, W), channels_last."""
-        return self._inside(table_grad).contiguous(memory_format=torch.channels_last)
+        row_type = index_dtype(self.table.shape[0])
+        y, x = cell.to(row_type) + PAD
+        _, padded_h, padded_w, _ = self.padded
+        image = (pixel // (self.out_h * self.out_w)).to(row_type)
+        group = arange(self.offset_groups, dtype=row_type)
+        first = ((image * padded_h + y) * padded_w + x) * self.offset_groups + group
+        right, below = self.offset_groups, padded_w * self.offset_groups
+        corners = first.view(-1, 1) + first.new_tensor([0, right, below, below + right])
+        mask = None if self.mask is None else self.mask[run].flatten()
+        return _Samples(corners, (position - cell).view(2, -1), mask, held)
 
-    def grad_offset(self, grad_y: Tensor, grad_x: Tensor) -> Tensor:
-        """Gradients of the positions, each (P * K * G) -> the offset's."""
-        split = (2, self.batch, self.out_h, self.out_w, self.taps, self.offset_groups)
-        grad = torch.stack([grad_y, grad_x]).view(split).permute(1, 5, 4, 0, 2, 3)
-        return grad.reshape(self.batch, -1, self.out_h, self.out_w)
+    def columns(self, samples: _Samples) -> Tensor:
+        """The sampled input -> (groups, pixels, K * C / groups); a view for one group."""
+        columns = gather_rows(self.table, samples.corners, samples.weights())
+        columns = columns.view(-1, self.taps, self.groups, self.channels // self.groups)
+        return columns.permute(2, 0, 1, 3).flatten(2)
 
-    def grad_mask(self, grad: Tensor) -> Tensor:
-        """The mask's gradient (P * K * G) -> (B, G * K, H', W')."""
-        split = (self.batch, self.out_h, self.out_w, self.taps, self.offset_groups)
-        grad = grad.view(split).permute(0, 4, 3, 1, 2)
-        return grad.reshape(self.batch, -1, self.out_h, self.out_w)
+    def rows(self, columns: Tensor) -> Tensor:
+        """The inverse layout of `columns`: -> (n, C / G)."""
+        columns = columns.unflatten(2, (self.taps, -1)).permute(1, 2, 0, 3)
+        return columns.reshape(-1, self.table.shape[1])
 
 
 def _split_weight(weight: Tensor, groups: int) -> Tensor:
     """weight (O, C / groups, kh, kw) -> (groups, O / groups, K * C / groups), taps outermost."""
     return weight.permute(0, 2, 3, 1).reshape(groups, weight.shape[0] // groups, -1)
-
-
-def _split_columns(columns: Tensor, pixels: int, taps: int, groups: int) -> Tensor:
-    """Samples (pixels * K * G, C / G) -> (groups, pixels, K * C / groups); a view for one group."""
-    return columns.view(pixels, taps, groups, -1).permute(2, 0, 1, 3).reshape(groups, pixels, -1)
-
-
-def _join_columns(columns: Tensor, row: int, taps: int) -> Tensor:
-    """The inverse of `_split_columns`: -> (pixels * K * G, C / G), C / G = `row`."""
-    groups, pixels, _ = columns.shape
-    return columns.view(groups, pixels, taps, -1).permute(1, 2, 0, 3).reshape(-1, row)
 
 
 @torch.library.custom_op("dcdet::deform_conv2d", mutates_args=())
@@ -311,18 +249,16 @@ def _deform_conv2d(
     dilation: list[int],
     original: bool,
 ) -> Tensor:
-    sampler = _Sampler(input, offset, weight, mask, stride, padding, dilation, original)
-    groups = input.shape[1] // weight.shape[1]
-    matrix = _split_weight(weight, groups).transpose(1, 2)
-    output = input.new_empty(sampler.pixels, weight.shape[0])
+    sampler = _Sampler(input, offset, weight, mask, original)
+    matrix = _split_weight(weight, sampler.groups).transpose(1, 2)
+    output = input.new_empty(sampler.batch, sampler.out_h, sampler.out_w, weight.shape[0])
+    by_pixel = output.view(sampler.pixels, sampler.groups, matrix.shape[2])
     for run in sampler.runs():
-        samples = sampler.samples(run)
-        columns = gather_rows(sampler.table, samples.corners, samples.weights())
-        columns = _split_columns(columns, run.stop - run.start, sampler.taps, groups)
-        output[run].view(-1, groups, matrix.shape[2]).copy_((columns @ matrix).transpose(0, 1))
+        columns = sampler.columns(sampler.samples(run, stride, padding, dilation))
+        by_pixel[run] = (columns @ matrix).transpose(0, 1)
     if bias is not None:
         output += bias
-    return output.view(sampler.batch, sampler.out_h, sampler.out_w, -1).permute(0, 3, 1, 2)
+    return output.permute(0, 3, 1, 2)
 
 
 @torch.library.custom_op("dcdet::deform_conv2d_backward", mutates_args=())
@@ -342,50 +278,48 @@ def _deform_conv2d_backward(
     The columns are sampled anew: that takes a tenth of the time of the products around it, and no
     memory outlives a run.
     """
-    sampler = _Sampler(input, offset, weight, mask, stride, padding, dilation, original)
-    groups = input.shape[1] // weight.shape[1]
-    matrix = _split_weight(weight, groups)
-    grad = grad.permute(0, 2, 3, 1).reshape(sampler.pixels, groups, -1).transpose(0, 1)
-    grad_matrix = torch.zeros_like(matrix)
-    grad_table = torch.zeros_like(sampler.table)
-    count = sampler.pixels * sampler.taps * sampler.offset_groups
-    grad_y, grad_x = input.new_empty(count), input.new_empty(count)
-    grad_mask = input.new_empty(0 if mask is None else count)
+    sampler = _Sampler(input, offset, weight, mask, original)
+    matrix = _split_weight(weight, sampler.groups)
+    grad = grad.permute(0, 2, 3, 1).reshape(sampler.pixels, *matrix.shape[:2]).transpose(0, 1)
+    grad_matrix, grad_table = torch.zeros_like(matrix), torch.zeros_like(sampler.table)
+    samples_of_pixel = sampler.taps * sampler.offset_groups
+    grad_position = input.new_empty(2, sampler.pixels * samples_of_pixel)
+    grad_mask = input.new_empty(0 if mask is None else mask.numel())
     for run in sampler.runs():
-        pixels = run.stop - run.start
-        samples = sampler.samples(run)
-        weights = samples.weights()
-        columns = gather_rows(sampler.table, samples.corners, weights)
-        columns = _split_columns(columns, pixels, sampler.taps, groups)
-        grad_matrix.baddbmm_(grad[:, run].transpose(1, 2), columns)
+        samples = sampler.samples(run, stride, padding, dilation)
+        grad_run = grad[:, run]
+        grad_matrix.baddbmm_(grad_run.transpose(1, 2), sampler.columns(samples))
 
-        grad_columns = grad[:, run] @ matrix
-        grad_columns = _join_columns(grad_columns, sampler.table.shape[1], sampler.taps)
-        owners = torch.arange(4 * grad_columns.shape[0], device=grad.device) // 4
-        scatter_rows(grad_columns, samples.corners.view(-1), owners, weights.view(-1), grad_table)
+        grad_rows = sampler.rows(grad_run @ matrix)
+        owners = torch.arange(samples.corners.numel(), device=grad.device) // 4
+        weights = samples.weights().view(-1)
+        scatter_rows(grad_rows, samples.corners.view(-1), owners, weights, grad_table)
 
-        dots = row_dots(grad_columns, sampler.table, samples.corners)
-        places = slice(run.start * count // sampler.pixels, run.stop * count // sampler.pixels)
+        places = slice(run.start * samples_of_pixel, run.stop * samples_of_pixel)
+        dots = row_dots(grad_rows, sampler.table, samples.corners)
         if samples.mask is not None:
             grad_mask[places] = (dots * samples.bilinear()).sum(1)
             dots = dots * samples.mask[:, None]
-        grad_y[places], grad_x[places] = samples.slopes(dots)
+        grad_position[:, places] = samples.slopes(dots)
+    grad_weight = grad_matrix.view(weight.shape[0], *weight.shape[2:], weight.shape[1])
     return (
-        sampler.grad_input(grad_table),
-        sampler.grad_offset(grad_y, grad_x),
-        grad_matrix.view(weight.shape[0], *weight.shape[2:], -1).permute(0, 3, 1, 2).contiguous(),
-        grad_mask if mask is None else sampler.grad_mask(grad_mask),
+        sampler.as_map(grad_table).contiguous(memory_format=torch.channels_last),
+        sampler.by_channel(grad_position),
+        grad_weight.permute(0, 3, 1, 2).contiguous(),
+        grad_mask if mask is None else sampler.by_channel(grad_mask),
     )
 
 
 @_deform_conv2d.register_fake
-def _(input, offset, weight, bias, mask, stride, padding, dilation, original):
+def _(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
     size = (input.shape[0], offset.shape[2], offset.shape[3], weight.shape[0])
     return input.new_empty(size).permute(0, 3, 1, 2)
 
 
 @_deform_conv2d_backward.register_fake
-def _(grad, input, offset, weight, mask, stride, padding, dilation, original):
+def _(
+    grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         torch.empty_like(input, memory_format=torch.channels_last),
         torch.empty_like(offset, memory_format=torch.contiguous_format),
@@ -394,13 +328,13 @@ def _(grad, input, offset, weight, mask, stride, padding, dilation, original):
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, offset, weight, bias, mask, *ctx.geometry = inputs
     ctx.save_for_backward(input, offset, weight, mask)
     ctx.has_bias = bias is not None
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, offset, weight, mask = ctx.saved_tensors
     grad_input, grad_offset, grad_weight, grad_mask = _deform_conv2d_backward(
         grad, input, offset, weight, mask, *ctx.geometry

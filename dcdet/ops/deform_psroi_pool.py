@@ -11,31 +11,37 @@ Conventions:
   bilinearly. A bin is the mean of its samples, 0 without any.
 * A shift's gradient is the bilinear slope, 0 along an axis where the clamped position is a whole
   number. RoIs get no gradient.
-* A NaN in RoI or shift gives NaN; samples that an infinite one moves to no position are dropped.
+* A NaN in RoI or shift gives NaN; infinite ones count as huge.
 
 Sources: Dai et al., Deformable Convolutional Networks, 2017; `deformable_psroi_pooling.cu` of the
 2017 release.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dcdet.ops import checks
 from dcdet.ops.rois import (
+    HUGE,
     check_rois,
     groups_of_bins,
     image_indices,
     map_of_groups,
-    round_half_away,
+    spans,
     table_of_groups,
 )
 from dcdet.ops.rows import gather_rows, index_dtype, row_dots, scatter_rows
 
-# Numbers in the largest intermediate tensor of a run of RoIs: small enough to stay in cache.
-NUMBERS = 1 << 20
+# Corners that are listed at once; a corner takes about 40 bytes.
+CORNERS = 1 << 20
+
+# Bins that are read at once where each has its own shift. A CPU wants their tensors to stay in
+# cache; a GPU wants few, large steps.
+BINS = {"cpu": 1 << 16, "cuda": 1 << 22}
 
 
 def deform_psroi_pool(
@@ -60,372 +66,264 @@ def deform_psroi_pool(
     check_rois(op, input, rois, spatial_scale, output_dim, group_size, pooled_size)
     part = checks.integer(op, "part_size", part_size, 0) or pooled_size
     checks.integer(op, "sample_per_part", sample_per_part, 1)
-    std = checks.number(op, "trans_std", trans_std)
+    checks.number(op, "trans_std", trans_std)
     if trans is not None:
         checks.alike(op, "trans", trans, 4, input, torch.float32)
         classes = trans.shape[1] // 2
-        if classes < 1 or trans.shape[1] % 2 or output_dim % classes:
+        if classes < 1 or output_dim % classes:
             wanted = f"of 2 * K channels, K a divisor of output_dim = {output_dim}"
             raise checks.wrong(op, "trans", wanted, f"shape {tuple(trans.shape)}")
         wanted_shape = (rois.shape[0], 2 * classes, part, part)
         checks.shape(op, "trans", trans, wanted_shape, "(R, 2 * K, part, part)")
     dtype = checks.compute_dtype(input)
-    output: Tensor = _deform_psroi_pool(
-        input.to(dtype),
-        rois.to(dtype),
-        None if trans is None else trans.to(dtype),
-        float(spatial_scale),
-        output_dim,
-        group_size,
-        pooled_size,
-        part,
-        sample_per_part,
-        std,
-    )
+    tensors = [None if t is None else t.to(dtype) for t in (input, rois, trans)]
+    grid = [output_dim, group_size, pooled_size, part, sample_per_part]
+    output: Tensor = _deform_psroi_pool(*tensors, grid, float(spatial_scale), float(trans_std))
     return output.to(input.dtype)
 
 
-class _Axis(NamedTuple):
-    """The samples of r RoIs along one axis.
+class _Corners(NamedTuple):
+    """What bins read along both axes, y first: n samples of two corners, the lower ones first.
 
-    `first` (r, K, p, p) is the position of each bin's first sample, `step` (r, 1, 1, 1) the
-    distance to the next, `unit` (r, 1, 1, 1) the pixels that a shift of 1 moves.
+    `cells` and `weights` are (2, 2n, ...); `kept` (...) is the number of samples in use, at least
+    1, and NaN where a position is.
     """
 
-    first: Tensor
-    step: Tensor
-    unit: Tensor
-
-
-class _Cells(NamedTuple):
-    """What positions read along one axis: lower and upper pixel, their distance, in use or not."""
-
-    low: Tensor
-    high: Tensor
-    fraction: Tensor
+    cells: Tensor
+    weights: Tensor
     kept: Tensor
 
 
-def _cells(position: Tensor, size: int) -> _Cells:
-    kept = (position >= -0.5) & (position <= size - 0.5)
-    position = torch.where(kept, position, 0).clamp(0, size - 1)
-    low, high = position.floor(), position.ceil()
-    return _Cells(low.long(), high.long(), position - low, kept)
-
-
 class _Pooling:
-    """One call's geometry: cuts the RoIs into runs and finds each run's samples."""
+    """One call's geometry.
+
+    `first` (2, R, K, p, p) is the position of each bin's first sample, y first; `step` and `size`
+    (2, R, 1, 1, 1) are the distance to the next sample and the RoI's size.
+
+    The map gets one pixel of zeros to the right and below, where dropped samples go. `table` holds
+    it as rows of D channels where all channels share their positions (`blocks` = 1), else as D
+    planes a group, of rows of a single number (`blocks` = D).
+    """
 
     def __init__(
         self,
         input: Tensor,
         rois: Tensor,
         trans: Tensor | None,
-        spatial_scale: float,
-        output_dim: int,
-        group_size: int,
-        pooled_size: int,
-        part_size: int,
-        sample_per_part: int,
-        trans_std: float,
+        grid: list[int],
+        scale: float,
+        std: float,
     ) -> None:
-        self.input, self.rois, self.trans = input, rois, trans
-        self.scale, self.depth, self.group_size = spatial_scale, output_dim, group_size
-        self.pooled, self.samples, self.std = pooled_size, sample_per_part, trans_std
-        self.height, self.width = input.shape[2:]
-        self.classes = 1 if trans is None else trans.shape[1] // 2
+        self.depth, self.group_size, self.pooled, part_size, self.samples = grid
         self.images = image_indices("deform_psroi_pool", rois, input.shape[0])
-        self.group = groups_of_bins(group_size, pooled_size, rois.device)
+        self.padded = F.pad(input, (0, 1, 0, 1))
+        self.classes = 1 if trans is None else trans.shape[1] // 2
+        self.blocks = 1 if self.classes == 1 else self.depth
+        self.table = table_of_groups(self.padded, self.blocks, self.group_size)
+        self.index_type = index_dtype(self.table.shape[0]) if self.blocks == 1 else torch.int64
+        self.groups = groups_of_bins(self.group_size, self.pooled, rois.device)
+
+        start, end = (edge[..., None, None, None] - 0.5 for edge in spans(rois, scale))
+        self.size = (end - start).clamp(min=0.1)
+        bins = torch.arange(self.pooled, device=rois.device)
+        places = torch.stack(torch.meshgrid(bins, bins, indexing="ij"))[:, None, None]
+        bin_size = self.size / self.pooled
+        self.step = bin_size / self.samples
+        self.first = places * bin_size + start
         # float32 whatever the input is: the release's part of a bin depends on its rounding
-        bins = torch.arange(pooled_size, device=rois.device, dtype=torch.float32)
-        self.part = (bins / pooled_size * part_size).floor().long().clamp(max=part_size - 1)
+        self.part = (bins.float() / self.pooled * part_size).long()
+        if trans is not None:
+            shifts = trans[..., self.part[:, None], self.part].clamp(-HUGE, HUGE)
+            shifts = shifts.unflatten(1, (self.classes, 2)).permute(2, 0, 1, 3, 4).flip(0)
+            self.first = self.first + shifts * std * self.size
 
-    def shifts(self, run: slice | Tensor) -> Tensor | None:
-        """trans at the bins: (2, r, K, p, p), x first."""
-        if self.trans is None:
-            return None
-        shifts = self.trans[run].unflatten(1, (self.classes, 2)).permute(2, 0, 1, 3, 4)
-        return shifts[..., self.part[:, None], self.part]
+    def corners(self, first: Tensor, step: Tensor) -> _Corners:
+        """The corners of bins whose first samples and steps are (2, ...) and broadcast."""
+        height, width = self.padded.shape[2:]
+        ones = [1] * (first.dim() - 1)
+        size = torch.tensor([height - 1, width - 1], device=first.device).view(2, 1, *ones)
+        sample = torch.arange(self.samples, device=first.device).view(-1, *ones)
+        position = first[:, None] + sample * step[:, None]
+        kept = (position >= -0.5) & (position <= size - 0.5)
+        count = torch.where(position.isnan(), torch.nan, kept.to(position.dtype)).sum(1).prod(0)
+        position = torch.where(kept, position.clamp(min=0).minimum(size - 1), size)
+        low, fraction = position.floor(), position - position.floor()
+        cells = torch.cat([low, position.ceil()], 1).to(self.index_type)
+        weights = torch.cat([1 - fraction, fraction], 1)
+        return _Corners(cells, weights, count.clamp(min=1))
 
-    def broken(self) -> Tensor:
-        """Which bins have a NaN RoI or shift: (R, K, p, p)."""
-        broken = self.rois.isnan().any(1)[:, None, None, None]
-        broken = broken.expand(-1, self.classes, self.pooled, self.pooled)
-        shifts = self.shifts(slice(None))
-        return broken if shifts is None else broken | shifts.isnan().any(0)
+    def grad_input(self, grad_table: Tensor) -> Tensor:
+        """The table's gradient -> the input's."""
+        padded = map_of_groups(grad_table, self.padded, self.blocks, self.group_size)
+        return padded[..., :-1, :-1].contiguous()
 
-    def axes(self, run: slice | Tensor) -> tuple[_Axis, _Axis]:
-        """The samples of a run of RoIs along y and x."""
-        rois, shifts = self.rois[run, :, None, None, None], self.shifts(run)
-        bins = torch.arange(self.pooled, device=rois.device, dtype=rois.dtype)
-        shift_y, shift_x = (None, None) if shifts is None else (shifts[1], shifts[0])
-        return (
-            self._axis(rois[:, 2], rois[:, 4], bins[:, None], shift_y),
-            self._axis(rois[:, 1], rois[:, 3], bins, shift_x),
-        )
-
-    def _axis(self, low: Tensor, high: Tensor, bins: Tensor, shift: Tensor | None) -> _Axis:
-        start = round_half_away(low) * self.scale - 0.5
-        end = (round_half_away(high) + 1) * self.scale - 0.5
-        size = (end - start).clamp(min=0.1)
-        bin_size = size / self.pooled
-        first = (bins * bin_size + start).expand(-1, -1, self.pooled, self.pooled)
-        if shift is not None:
-            first = first + shift * self.std * size
-        unit = self.std * torch.where(size.isfinite(), size, 0)
-        return _Axis(first, bin_size / self.samples, unit)
-
-    def grad_trans(self, grad_y: Tensor, grad_x: Tensor) -> Tensor:
-        """Gradients of the shifts at the bins, each (R, K, p, p) -> (R, 2 * K, part, part)."""
-        assert self.trans is not None
-        parts = torch.arange(self.trans.shape[2], device=self.part.device)
-        member = (self.part[:, None] == parts).to(grad_y.dtype)
-        grad = torch.stack([grad_x, grad_y], dim=2).flatten(1, 2)
-        return member.t() @ grad @ member
-
-    def is_dense(self) -> bool:
-        """Each channel has shifts of its own, so that no two read the same places."""
-        return self.depth == self.classes > 1
+    def grad_trans(self, grad_first: Tensor, trans: Tensor, std: float) -> Tensor:
+        """Gradients of the first positions (2, R, blocks, p, p) -> (R, 2 * K, part, part)."""
+        grad = grad_first * std * self.size
+        grad = grad.unflatten(2, (self.classes, -1)).sum(3).flip(0).permute(1, 2, 0, 3, 4)
+        parts = torch.arange(trans.shape[2], device=trans.device)
+        member = (self.part[:, None] == parts).to(grad.dtype)
+        return member.t() @ grad.flatten(1, 2) @ member
 
 
-# Where channels share their positions, a sample is a row of D / K channels: rows.py does the work.
+def _runs(total: int, each: int, limit: int) -> Iterator[slice]:
+    """Slices of `total` things such that the things' `each` numbers stay below `limit`."""
+    step = max(1, limit // each)
+    for begin in range(0, total, step):
+        yield slice(begin, min(begin + step, total))
+
+
+# Where all channels share their positions, rows.py does the work: a bin is a sum of rows.
 
 
 class _Entries(NamedTuple):
-    """The table rows that a run's bins read: b bins of 2n x 2n corners.
+    """The table rows that b bins read: `rows` and `weights` (b, 4n^2), corners y outermost.
 
-    `rows` and `weights` are (b, 2n * 2n); `weight_y` and `slope_y`, `_x` are (b, 2n): a corner's
-    weight along an axis and the weight's derivative; `count` (b, 1) is the number of samples.
+    `weight_y` and `weight_x` (b, 2n) are the weights' factors, `kept` (b, 1) as in _Corners.
     """
 
     rows: Tensor
     weights: Tensor
     weight_y: Tensor
     weight_x: Tensor
-    slope_y: Tensor
-    slope_x: Tensor
-    count: Tensor
+    kept: Tensor
 
 
-def _runs(total: int, numbers_each: int) -> Iterator[slice]:
-    step = max(1, NUMBERS // numbers_each)
-    for begin in range(0, total, step):
-        yield slice(begin, min(begin + step, total))
+def _roi_runs(pooling: _Pooling) -> Iterator[slice]:
+    corners = pooling.pooled**2 * (2 * pooling.samples) ** 2
+    return _runs(pooling.images.shape[0], corners, CORNERS)
 
 
-def _entries(pooling: _Pooling, run: slice, zero_row: int) -> _Entries:
-    sample = torch.arange(pooling.samples, device=pooling.rois.device)
-    axis_y, axis_x = pooling.axes(run)
-    corners = []
-    for axis, size in ((axis_y, pooling.height), (axis_x, pooling.width)):
-        position = axis.first[..., None] + sample * axis.step[..., None]
-        cells = _cells(position.reshape(-1, pooling.samples), size)
-        kept = cells.kept.to(position.dtype)
-        corners.append(
-            (
-                torch.cat([cells.low, cells.high], 1),
-                torch.cat([cells.kept, cells.kept], 1),
-                torch.cat([(1 - cells.fraction) * kept, cells.fraction * kept], 1),
-                torch.cat([-kept, kept], 1),
-                kept.sum(1, keepdim=True),
-            )
-        )
-    (y, kept_y, weight_y, slope_y, count_y), (x, kept_x, weight_x, slope_x, count_x) = corners
-    classes = torch.arange(pooling.classes, device=y.device)[:, None, None]
-    block = pooling.images[run, None, None, None] * pooling.classes + classes
-    block = block * pooling.group_size + pooling.group[:, None]
-    block = (block * pooling.group_size + pooling.group).view(-1, 1)
-    row_type = index_dtype(zero_row + 1)
-    row = ((block * pooling.height + y) * pooling.width).to(row_type)[:, :, None]
-    rows = row + x.to(row_type)[:, None, :]
-    rows = torch.where(kept_y[:, :, None] & kept_x[:, None, :], rows, zero_row)
-    return _Entries(
-        rows.flatten(1),
-        (weight_y[:, :, None] * weight_x[:, None, :]).flatten(1),
-        weight_y,
-        weight_x,
-        slope_y,
-        slope_x,
-        (count_y * count_x).clamp(min=1),
-    )
+def _entries(pooling: _Pooling, run: slice) -> _Entries:
+    first = pooling.first[:, run]
+    step = pooling.step[:, run].expand_as(first)
+    corners = pooling.corners(first.flatten(1), step.flatten(1))
+    y, x = corners.cells.transpose(1, 2).contiguous()
+    weight_y, weight_x = corners.weights.transpose(1, 2).contiguous()
+    block = pooling.images[run, None, None] * pooling.group_size + pooling.groups[:, None]
+    block = (block * pooling.group_size + pooling.groups).view(-1, 1).to(y.dtype)
+    height, width = pooling.padded.shape[2:]
+    rows = ((block * height + y) * width)[:, :, None] + x[:, None]
+    weights = weight_y[:, :, None] * weight_x[:, None]
+    return _Entries(rows.flatten(1), weights.flatten(1), weight_y, weight_x, corners.kept[:, None])
 
 
 def _rows_forward(pooling: _Pooling) -> Tensor:
-    table = table_of_groups(pooling.input, pooling.classes, pooling.group_size)
-    a_roi = pooling.classes * pooling.pooled**2
-    output = table.new_empty(pooling.rois.shape[0], a_roi, table.shape[1])
-    for run in _runs(output.shape[0], a_roi * (2 * pooling.samples) ** 2):
-        entries = _entries(pooling, run, table.shape[0] - 1)
-        sums = gather_rows(table, entries.rows, entries.weights)
-        output[run] = (sums / entries.count).view(-1, a_roi, table.shape[1])
-    output = output.view(-1, pooling.classes, pooling.pooled, pooling.pooled, table.shape[1])
-    return output.permute(0, 1, 4, 2, 3)
+    bins = (pooling.images.shape[0], pooling.pooled, pooling.pooled, pooling.depth)
+    output = pooling.table.new_empty(bins)
+    for run in _roi_runs(pooling):
+        entries = _entries(pooling, run)
+        sums = gather_rows(pooling.table, entries.rows, entries.weights)
+        output[run] = (sums / entries.kept).view(-1, *bins[1:])
+    return output.permute(0, 3, 1, 2).contiguous()
 
 
-def _rows_backward(pooling: _Pooling, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    table = table_of_groups(pooling.input, pooling.classes, pooling.group_size)
-    grad_table = torch.zeros_like(table)
-    bins = (grad.shape[0], pooling.classes, pooling.pooled, pooling.pooled)
-    grad_y, grad_x = grad.new_zeros(bins), grad.new_zeros(bins)
-    grad = grad.permute(0, 1, 3, 4, 2)
-    a_roi = pooling.classes * pooling.pooled**2
-    for run in _runs(grad.shape[0], a_roi * (2 * pooling.samples) ** 2):
-        entries = _entries(pooling, run, table.shape[0] - 1)
-        share = grad[run].reshape(-1, table.shape[1]) / entries.count
+def _rows_backward(pooling: _Pooling, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the table and of `pooling.first`."""
+    grad_table, grad_first = torch.zeros_like(pooling.table), torch.empty_like(pooling.first)
+    for run in _roi_runs(pooling):
+        entries = _entries(pooling, run)
+        share = grad[run].permute(0, 2, 3, 1).reshape(-1, pooling.depth) / entries.kept
         owners = torch.arange(entries.rows.numel(), device=grad.device) // entries.rows.shape[1]
         scatter_rows(share, entries.rows.view(-1), owners, entries.weights.view(-1), grad_table)
-        if pooling.trans is not None:
-            dots = row_dots(share, table, entries.rows).view(-1, *[2 * pooling.samples] * 2)
-            axis_y, axis_x = pooling.axes(run)
-            along_y = (dots * entries.weight_x[:, None, :]).sum(2) * entries.slope_y
-            along_x = (dots * entries.weight_y[:, :, None]).sum(1) * entries.slope_x
-            grad_y[run] = along_y.sum(1).view(-1, *bins[1:]) * axis_y.unit
-            grad_x[run] = along_x.sum(1).view(-1, *bins[1:]) * axis_x.unit
-    shape = pooling.input.shape
-    return map_of_groups(grad_table, shape, pooling.classes, pooling.group_size), grad_y, grad_x
+        dots = row_dots(share, pooling.table, entries.rows)
+        dots = dots.view(-1, *[2 * pooling.samples] * 2)
+        lower_y, upper_y = (dots * entries.weight_x[:, None]).sum(2).chunk(2, 1)
+        lower_x, upper_x = (dots * entries.weight_y[:, :, None]).sum(1).chunk(2, 1)
+        slopes = torch.stack([(upper_y - lower_y).sum(1), (upper_x - lower_x).sum(1)])
+        grad_first[:, run] = slopes.view_as(grad_first[:, run])
+    return grad_table, grad_first
 
 
-# Where every channel has its own positions, a sample is one number of one plane (channel, bin). The
-# RoIs of an image are read from a few planes at a time, small enough to stay in cache.
+# Where classes have positions of their own, a sample is a single number of a plane (channel, bin).
+# The RoIs of an image are read from a few planes at a time, small enough to stay in cache.
 
 
-class _Planes(NamedTuple):
-    """The work on some channels of one image: c channels, r RoIs, q = c * p * p planes.
+class _Part(NamedTuple):
+    """The work on some channels of one image, for q = channels * p * p planes and r RoIs.
 
-    `rois` (r,) are RoI numbers, `planes` (q, H * W); `along_y` and `along_x` hold, for each sample
-    along an axis, its cells (q, r).
+    `where` are the RoIs' and channels' numbers, as (r, 1) and (channels,) indices; `planes` are
+    places (image, channel, group) in the table; `corners` are of bins (q, r).
     """
 
-    image: int
-    rois: Tensor
-    channels: slice
-    planes: Tensor
-    along_y: list[_Cells]
-    along_x: list[_Cells]
-
-    def count(self) -> Tensor:
-        """The number of samples of each bin, at least 1: (q, r)."""
-        rows = torch.stack([y.kept for y in self.along_y]).sum(0)
-        columns = torch.stack([x.kept for x in self.along_x]).sum(0)
-        return (rows * columns).clamp(min=1)
-
-    def corners(self, y: _Cells, x: _Cells, width: int) -> tuple[list[Tensor], list[Tensor]]:
-        """The places in the planes of a sample's four corners, and their values: (q, r) each."""
-        upper, lower = y.low * width, y.high * width
-        places = [upper + x.low, upper + x.high, lower + x.low, lower + x.high]
-        return places, [self.planes.gather(1, place) for place in places]
+    where: tuple[Tensor, Tensor]
+    planes: tuple[Tensor, Tensor, Tensor]
+    corners: _Corners
 
 
-def _plane_runs(pooling: _Pooling) -> Iterator[tuple[_Planes, _Axis, _Axis]]:
-    grid = (pooling.depth, pooling.group_size, pooling.group_size, -1)
-    for image in range(pooling.input.shape[0]):
-        rois = (pooling.images == image).nonzero()[:, 0]
-        if rois.shape[0] == 0:
-            continue
-        axis_y, axis_x = pooling.axes(rois)
-        cells = pooling.input[image].reshape(grid)
-        for channels in _runs(pooling.depth, pooling.pooled**2 * rois.shape[0]):
-            planes = cells[channels, pooling.group[:, None], pooling.group].flatten(0, 2)
-            along_y, along_x = (
-                [
-                    _cells(_by_plane(axis.first[:, channels]) + i * axis.step.view(1, -1), size)
-                    for i in range(pooling.samples)
-                ]
-                for axis, size in ((axis_y, pooling.height), (axis_x, pooling.width))
-            )
-            yield _Planes(image, rois, channels, planes, along_y, along_x), axis_y, axis_x
+def _parts(pooling: _Pooling) -> Iterator[_Part]:
+    limit = BINS["cpu" if pooling.table.device.type == "cpu" else "cuda"]
+    groups = pooling.groups[:, None] * pooling.group_size + pooling.groups
+    for image in pooling.images.unique():
+        rois = (pooling.images == image).nonzero()
+        step = pooling.step[:, rois[:, 0]].view(2, 1, -1)
+        for run in _runs(pooling.depth, rois.shape[0] * pooling.pooled**2, limit):
+            channels = torch.arange(run.start, run.stop, device=rois.device)
+            classes = channels // (pooling.depth // pooling.classes)
+            first = pooling.first[:, rois, classes].permute(0, 2, 3, 4, 1).flatten(1, 3)
+            planes = (image, channels[:, None, None], groups)
+            yield _Part((rois, channels), planes, pooling.corners(first, step))
 
 
-def _by_plane(bins: Tensor) -> Tensor:
-    """(r, c, p, p) -> (c * p * p, r)."""
-    return bins.flatten(1).t().contiguous()
-
-
-def _by_roi(planes: Tensor, pooled: int) -> Tensor:
-    """(c * p * p, r) -> (r, c, p, p)."""
-    return planes.t().unflatten(1, (-1, pooled, pooled))
+def _planes(table: Tensor, pooling: _Pooling) -> Tensor:
+    """The view of a table as planes (N, D, g * g, pixels)."""
+    return table.view(-1, pooling.depth, pooling.group_size**2, pooling.padded[0, 0].numel())
 
 
 def _planes_forward(pooling: _Pooling) -> Tensor:
-    bins = (pooling.rois.shape[0], pooling.depth, pooling.pooled, pooling.pooled)
-    output = pooling.input.new_empty(bins)
-    for run, _, _ in _plane_runs(pooling):
-        total = run.planes.new_zeros(run.planes.shape[0], run.rois.shape[0])
-        for y in run.along_y:
-            for x in run.along_x:
-                _, values = run.corners(y, x, pooling.width)
-                upper = torch.lerp(values[0], values[1], x.fraction)
-                lower = torch.lerp(values[2], values[3], x.fraction)
-                value = torch.lerp(upper, lower, y.fraction)
-                total += torch.where(y.kept & x.kept, value, 0)
-        output[run.rois, run.channels] = _by_roi(total / run.count(), pooling.pooled)
-    return output[:, :, None]
+    bins = (pooling.images.shape[0], pooling.depth, pooling.pooled, pooling.pooled)
+    output = pooling.table.new_empty(bins)
+    width = pooling.padded.shape[3]
+    for part in _parts(pooling):
+        planes = _planes(pooling.table, pooling)[part.planes].flatten(0, 2)
+        total = torch.zeros_like(part.corners.kept)
+        (y, x), (weights_y, weights_x) = part.corners.cells, part.corners.weights
+        for row, weight_y in zip(y * width, weights_y, strict=True):
+            along_row = torch.zeros_like(total)
+            for column, weight_x in zip(x, weights_x, strict=True):
+                along_row.addcmul_(planes.gather(1, row + column), weight_x)
+            total.addcmul_(along_row, weight_y)
+        output[part.where] = (total / part.corners.kept).t().unflatten(1, (-1, *bins[2:]))
+    return output
 
 
-def _planes_backward(pooling: _Pooling, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    grad = grad[:, :, 0]
-    grad_y, grad_x = torch.empty_like(grad), torch.empty_like(grad)
-    pixels = pooling.height * pooling.width
-    size = (grad.shape[1], pooling.group_size, pooling.group_size, pixels)
-    grad_input = grad.new_zeros(pooling.input.shape[0], *size)
-    for run, axis_y, axis_x in _plane_runs(pooling):
-        grad_planes = torch.zeros_like(run.planes)
-        share = _by_plane(grad[run.rois, run.channels]) / run.count()
-        along_y, along_x = torch.zeros_like(share), torch.zeros_like(share)
-        for y in run.along_y:
-            for x in run.along_x:
-                places, values = run.corners(y, x, pooling.width)
-                kept = y.kept & x.kept
-                slope_y = torch.lerp(values[2] - values[0], values[3] - values[1], x.fraction)
-                slope_x = torch.lerp(values[1] - values[0], values[3] - values[2], y.fraction)
-                along_y += torch.where(kept, slope_y, 0)
-                along_x += torch.where(kept, slope_x, 0)
-                part = torch.where(kept, share, 0)
-                lower = part * y.fraction
-                upper = part - lower
-                upper_right, lower_right = upper * x.fraction, lower * x.fraction
-                grad_planes.scatter_add_(1, places[0], upper - upper_right)
-                grad_planes.scatter_add_(1, places[1], upper_right)
-                grad_planes.scatter_add_(1, places[2], lower - lower_right)
-                grad_planes.scatter_add_(1, places[3], lower_right)
-        where = (run.rois, run.channels)
-        grad_y[where] = _by_roi(along_y * share, pooling.pooled) * axis_y.unit
-        grad_x[where] = _by_roi(along_x * share, pooling.pooled) * axis_x.unit
-        by_bin = grad_planes.view(-1, pooling.pooled, pooling.pooled, pixels)
-        columns = by_bin.new_zeros(*by_bin.shape[:2], *size[2:])
-        columns.index_add_(2, pooling.group, by_bin)
-        grad_input[run.image, run.channels].index_add_(1, pooling.group, columns)
-    return grad_input.view(pooling.input.shape), grad_y, grad_x
+def _planes_backward(pooling: _Pooling, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the table and of the first positions (2, R, D, p, p)."""
+    grad_table = torch.zeros_like(pooling.table)
+    grad_first = grad.new_empty(2, *grad.shape)
+    width = pooling.padded.shape[3]
+    for part in _parts(pooling):
+        planes = _planes(pooling.table, pooling)[part.planes].flatten(0, 2)
+        grad_planes = torch.zeros_like(planes)
+        share = grad[part.where].flatten(1).t() / part.corners.kept
+        slopes = share.new_zeros(2, *share.shape)
+        (y, x), (weights_y, weights_x) = part.corners.cells, part.corners.weights
+        signs = [-1] * pooling.samples + [1] * pooling.samples
+        for row, weight_y, sign_y in zip(y * width, weights_y, signs, strict=True):
+            along_row, slope_x = torch.zeros_like(share), torch.zeros_like(share)
+            share_y = share * weight_y
+            for column, weight_x, sign_x in zip(x, weights_x, signs, strict=True):
+                place = row + column
+                value = planes.gather(1, place)
+                along_row.addcmul_(value, weight_x)
+                slope_x.add_(value, alpha=sign_x)
+                grad_planes.scatter_add_(1, place, share_y * weight_x)
+            slopes[0].add_(along_row, alpha=sign_y)
+            slopes[1].addcmul_(slope_x, weight_y)
+        slopes = (slopes * share).transpose(1, 2).unflatten(2, (-1, *grad.shape[2:]))
+        grad_first[:, part.where[0], part.where[1]] = slopes
+        planes_grad = grad_planes.unflatten(0, (-1, *grad.shape[2:]))
+        _planes(grad_table, pooling).index_put_(part.planes, planes_grad, accumulate=True)
+    return grad_table, grad_first
 
 
 @torch.library.custom_op("dcdet::deform_psroi_pool", mutates_args=())
 def _deform_psroi_pool(
-    input: Tensor,
-    rois: Tensor,
-    trans: Tensor | None,
-    spatial_scale: float,
-    output_dim: int,
-    group_size: int,
-    pooled_size: int,
-    part_size: int,
-    sample_per_part: int,
-    trans_std: float,
+    input: Tensor, rois: Tensor, trans: Tensor | None, grid: list[int], scale: float, std: float
 ) -> Tensor:
-    pooling = _Pooling(
-        input,
-        rois,
-        trans,
-        spatial_scale,
-        output_dim,
-        group_size,
-        pooled_size,
-        part_size,
-        sample_per_part,
-        trans_std,
-    )
-    output = _planes_forward(pooling) if pooling.is_dense() else _rows_forward(pooling)
-    output = torch.where(pooling.broken()[:, :, None], torch.nan, output)
-    return output.reshape(-1, output_dim, pooled_size, pooled_size).contiguous()
+    """`grid` is (output_dim, group_size, pooled_size, part_size, sample_per_part)."""
+    pooling = _Pooling(input, rois, trans, grid, scale, std)
+    return _rows_forward(pooling) if pooling.blocks == 1 else _planes_forward(pooling)
 
 
 @torch.library.custom_op("dcdet::deform_psroi_pool_backward", mutates_args=())
@@ -434,52 +332,40 @@ def _deform_psroi_pool_backward(
     input: Tensor,
     rois: Tensor,
     trans: Tensor | None,
-    spatial_scale: float,
-    output_dim: int,
-    group_size: int,
-    pooled_size: int,
-    part_size: int,
-    sample_per_part: int,
-    trans_std: float,
+    grid: list[int],
+    scale: float,
+    std: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of input and trans (empty without trans)."""
-    pooling = _Pooling(
-        input,
-        rois,
-        trans,
-        spatial_scale,
-        output_dim,
-        group_size,
-        pooled_size,
-        part_size,
-        sample_per_part,
-        trans_std,
-    )
-    grad = grad.unflatten(1, (pooling.classes, -1))
-    backward = _planes_backward if pooling.is_dense() else _rows_backward
-    grad_input, grad_y, grad_x = backward(pooling, grad)
-    return grad_input, grad.new_empty(0) if trans is None else pooling.grad_trans(grad_y, grad_x)
+    pooling = _Pooling(input, rois, trans, grid, scale, std)
+    backward = _rows_backward if pooling.blocks == 1 else _planes_backward
+    grad_table, grad_first = backward(pooling, grad)
+    no_trans = grad.new_empty(0)
+    grad_trans = no_trans if trans is None else pooling.grad_trans(grad_first, trans, std)
+    return pooling.grad_input(grad_table), grad_trans
 
 
 @_deform_psroi_pool.register_fake
-def _(input, rois, trans, scale, output_dim, group_size, pooled_size, part_size, samples, std):
-    return input.new_empty(rois.shape[0], output_dim, pooled_size, pooled_size)
+def _(input: Tensor, rois: Tensor, trans: Tensor | None, grid: list[int], *rest: Any) -> Tensor:
+    return input.new_empty(rois.shape[0], grid[0], grid[2], grid[2])
 
 
 @_deform_psroi_pool_backward.register_fake
-def _(grad, input, rois, trans, *geometry):
+def _(
+    grad: Tensor, input: Tensor, rois: Tensor, trans: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
     return input.new_empty(input.shape), grad.new_empty(0 if trans is None else trans.shape)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, rois, trans, *ctx.geometry = inputs
     ctx.save_for_backward(input, rois, trans)
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     input, rois, trans = ctx.saved_tensors
     grad_input, grad_trans = _deform_psroi_pool_backward(grad, input, rois, trans, *ctx.geometry)
-    return grad_input, None, None if trans is None else grad_trans, *[None] * 7
+    return grad_input, None, None if trans is None else grad_trans, None, None, None
 
 
 _deform_psroi_pool.register_autograd(_backward, setup_context=_save)

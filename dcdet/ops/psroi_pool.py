@@ -1,12 +1,12 @@
 """Position-sensitive RoI pooling (R-FCN); letters and RoIs as in rois.py.
 
 Bins have whole-pixel edges; a bin is the mean of its cells, an empty one is 0. A RoI with a NaN
-coordinate gives NaN; bins whose edges an infinite coordinate makes meaningless are empty.
+coordinate gives NaN; infinite ones count as huge.
 Sources: Dai et al., R-FCN, 2016; `psroi_pooling.cu` of the 2017 release.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from dcdet.ops.rois import (
     groups_of_bins,
     image_indices,
     map_of_groups,
-    round_half_away,
+    spans,
     table_of_groups,
 )
 from dcdet.ops.rows import scatter_rows
@@ -50,7 +50,11 @@ def psroi_pool(
 
 
 class _Cells(NamedTuple):
-    """The cells of a run of bins: bins (n,) per cell `rows` of the table, `owners` in the run."""
+    """The cells of a run of bins.
+
+    `rows` (E,) of the table, bin after bin; `starts` tells where each bin begins, `owners` (E,) to
+    which bin of the run a cell belongs.
+    """
 
     bins: slice
     rows: Tensor
@@ -68,13 +72,20 @@ class _Bins:
         self.pooled = pooled_size
         self.broken = rois.isnan().any(1)
         images = image_indices("psroi_pool", rois, shape[0])
-        self.top, rows = _edges(rois[:, 2], rois[:, 4], scale, pooled_size, self.height)
-        self.left, self.columns = _edges(rois[:, 1], rois[:, 3], scale, pooled_size, self.width)
-        self.areas = rows[:, :, None] * self.columns[:, None, :]
+        bins = torch.arange(pooled_size, device=rois.device, dtype=rois.dtype)
+        start, end = (edge[..., None] for edge in spans(rois, scale))
+        bin_size = (end - start).clamp(min=0.1) / pooled_size
+        size = torch.tensor([[[self.height]], [[self.width]]], device=rois.device)
+        first = (bins * bin_size + start).floor().clamp(min=0).minimum(size)
+        last = ((bins + 1) * bin_size + start).ceil().clamp(min=0).minimum(size)
+        real = last > first  # false where they are NaN
+        top, left = torch.where(real, first, 0).long()
+        rows, columns = torch.where(real, last - first, 0).long()
+        self.areas = rows[:, :, None] * columns[:, None]
+        self.columns = columns[:, None].expand_as(self.areas)
         group = groups_of_bins(group_size, pooled_size, rois.device)
-        groups = images[:, None, None] * group_size**2 + group[:, None] * group_size + group
-        self.first = (groups * self.height + self.top[:, :, None]) * self.width
-        self.first = self.first + self.left[:, None, :]
+        groups = (images[:, None, None] * group_size + group[:, None]) * group_size + group
+        self.first = (groups * self.height + top[:, :, None]) * self.width + left[:, None]
 
     def runs(self) -> Iterator[_Cells]:
         """The cells of all bins, a few RoIs at a time; work a RoI is bounded by the map's size."""
@@ -83,32 +94,13 @@ class _Bins:
         for begin in range(0, self.areas.shape[0], step):
             areas = self.areas[begin : begin + step].reshape(-1)
             first = self.first[begin : begin + step].reshape(-1)
-            columns = self.columns[begin : begin + step, None].expand(-1, self.pooled, -1)
             starts = areas.cumsum(0) - areas
             owners = torch.repeat_interleave(areas)
             place = torch.arange(owners.shape[0], device=owners.device) - starts[owners]
-            columns = columns.reshape(-1)[owners]
+            columns = self.columns[begin : begin + step].reshape(-1)[owners]
             rows = first[owners] + place // columns * self.width + place % columns
             bins = slice(begin * self.pooled**2, begin * self.pooled**2 + areas.shape[0])
             yield _Cells(bins, rows, starts, owners)
-
-
-def _edges(
-    low: Tensor, high: Tensor, scale: float, pooled_size: int, size: int
-) -> tuple[Tensor, Tensor]:
-    """First cells and lengths (R, p) of the bins along an axis of `size` cells.
-
-    The order of the roundings is the release's: a floor or ceil one unit apart is another bin.
-    """
-    start = (round_half_away(low) * scale)[:, None]
-    end = ((round_half_away(high) + 1) * scale)[:, None]
-    bin_size = (end - start).clamp(min=0.1) / pooled_size
-    bins = torch.arange(pooled_size, device=low.device, dtype=low.dtype)
-    first = (bins * bin_size + start).floor().clamp(0, size)
-    last = ((bins + 1) * bin_size + start).ceil().clamp(0, size)
-    real = last > first  # false where either is NaN
-    first, last = torch.where(real, first, 0).long(), torch.where(real, last, 0).long()
-    return first, last - first
 
 
 @torch.library.custom_op("dcdet::psroi_pool", mutates_args=())
@@ -145,29 +137,37 @@ def _psroi_pool_backward(
     bins = _Bins(shape, rois, spatial_scale, group_size, pooled_size)
     shares = grad.permute(0, 2, 3, 1) / bins.areas.clamp(min=1)[..., None]
     shares = shares.reshape(-1, grad.shape[1])
-    grad_table = table_of_groups(grad.new_zeros(shape), 1, group_size)
+    grad_input = grad.new_zeros(shape)
+    grad_table = table_of_groups(grad_input, 1, group_size)
     for run in bins.runs():
         scatter_rows(shares[run.bins], run.rows, run.owners, None, grad_table)
-    return map_of_groups(grad_table, shape, 1, group_size)
+    return map_of_groups(grad_table, grad_input, 1, group_size)
 
 
 @_psroi_pool.register_fake
-def _(input, rois, spatial_scale, output_dim, group_size, pooled_size):
+def _(
+    input: Tensor,
+    rois: Tensor,
+    spatial_scale: float,
+    output_dim: int,
+    group_size: int,
+    pooled_size: int,
+) -> Tensor:
     return input.new_empty(rois.shape[0], output_dim, pooled_size, pooled_size)
 
 
 @_psroi_pool_backward.register_fake
-def _(grad, rois, input_shape, spatial_scale, group_size, pooled_size):
+def _(grad: Tensor, rois: Tensor, input_shape: list[int], *rest: Any) -> Tensor:
     return grad.new_empty(input_shape)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, rois, spatial_scale, _, group_size, pooled_size = inputs
     ctx.save_for_backward(rois)
     ctx.geometry = list(input.shape), spatial_scale, group_size, pooled_size
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_input = _psroi_pool_backward(grad, *ctx.saved_tensors, *ctx.geometry)
     return grad_input, None, None, None, None, None
 

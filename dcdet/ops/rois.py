@@ -12,6 +12,9 @@ from torch import Tensor
 
 from dcdet.ops import checks
 
+# Where coordinates and shifts are clamped to stay finite: farther out than any image reaches.
+HUGE = 1e9
+
 
 def check_rois(
     op: str,
@@ -49,6 +52,16 @@ def image_indices(op: str, rois: Tensor, images: int) -> Tensor:
     return index.long()
 
 
+def spans(rois: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Starts and ends of the RoIs on the map, (2, R) each, y first.
+
+    The order of the roundings is the release's. Infinite coordinates count as huge: no infinity
+    can meet a zero later on.
+    """
+    x1, y1, x2, y2 = round_half_away(rois[:, 1:].clamp(-HUGE, HUGE)).unbind(1)
+    return torch.stack([y1, x1]) * scale, (torch.stack([y2, x2]) + 1) * scale
+
+
 def round_half_away(x: Tensor) -> Tensor:
     """C's round(): 10.5 -> 11, -20.5 -> -21, where torch.round gives 10 and -20."""
     whole = x.trunc()
@@ -60,27 +73,19 @@ def groups_of_bins(group_size: int, pooled_size: int, device: torch.device) -> T
     return torch.arange(pooled_size, device=device) * group_size // pooled_size
 
 
-def table_of_groups(input: Tensor, classes: int, group_size: int) -> Tensor:
-    """input (N, C, H, W) -> rows (N * classes * g * g * H * W, D / classes) and one row of zeros."""
-    pixels = input.shape[0] * group_size**2 * input.shape[2] * input.shape[3]
-    table = input.new_zeros(pixels * classes + 1, input.shape[1] // (classes * group_size**2))
-    _as_map(table, input.shape, classes, group_size).copy_(_split(input, classes, group_size))
-    return table
+def table_of_groups(input: Tensor, blocks: int, group_size: int) -> Tensor:
+    """input (N, C, H, W) -> rows (N * blocks * g * g * H * W, D / blocks)."""
+    split = _split(input, blocks, group_size).permute(0, 1, 3, 4, 2).contiguous()
+    return split.view(-1, split.shape[4])
 
 
-def map_of_groups(table: Tensor, shape: torch.Size, classes: int, group_size: int) -> Tensor:
-    """The inverse of `table_of_groups`: rows -> (N, C, H, W) of the given shape."""
-    output = table.new_empty(shape)
-    _split(output, classes, group_size).copy_(_as_map(table, shape, classes, group_size))
-    return output
+def map_of_groups(table: Tensor, input: Tensor, blocks: int, group_size: int) -> Tensor:
+    """The inverse of `table_of_groups`: rows -> the shape of `input`."""
+    split = _split(input, blocks, group_size).permute(0, 1, 3, 4, 2)
+    return table.view(split.shape).permute(0, 1, 4, 2, 3).reshape_as(input)
 
 
-def _split(input: Tensor, classes: int, group_size: int) -> Tensor:
-    images, _, height, width = input.shape
-    return input.reshape(images, classes, -1, group_size**2, height * width)
-
-
-def _as_map(table: Tensor, shape: torch.Size, classes: int, group_size: int) -> Tensor:
-    images, _, height, width = shape
-    split = (images, classes, group_size**2, height * width, table.shape[1])
-    return table[:-1].view(split).permute(0, 1, 4, 2, 3)
+def _split(input: Tensor, blocks: int, group_size: int) -> Tensor:
+    images, channels, height, width = input.shape
+    depth = channels // (blocks * group_size**2)
+    return input.reshape(images, blocks, depth, group_size**2, height * width)

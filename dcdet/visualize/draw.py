@@ -185,11 +185,11 @@ def _place(
     edge = line // 2  # a line is centred on the box's outermost pixels
     spots = [
         (left - edge, top - edge - high),
-        (left - edge, top - edge),
+        (left - edge, max(top - edge, 0)),
         (left - edge, bottom + edge),
         (right + edge - wide, top - edge - high),
-        (right + edge - wide, bottom + edge - high),
-        (left - edge, bottom + edge - high),
+        (right + edge - wide, min(bottom + edge, height) - high),
+        (left - edge, min(bottom + edge, height) - high),
     ]
     best: Rectangle | None = None
     least = 0

@@ -1,0 +1,204 @@
+"""Detection in a user's own images: pictures with boxes, names and scores, and a JSON file."""
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from dcdet.datasets.loader import DataSection, collate
+from dcdet.datasets.transforms import BadImage, network_scale, read_image, resize
+from dcdet.engine.checkpoint import load_weights
+from dcdet.engine.evaluate import detect
+from dcdet.engine.runtime import output_folder, pick_device, strict_json, write_text
+from dcdet.errors import UserError
+from dcdet.evaluators.results import xywh
+from dcdet.models.build import build_model
+from dcdet.registry import check
+from dcdet.structures import Batch, Detections, Sample, Target
+from dcdet.visualize.draw import draw_detections
+
+log = logging.getLogger("dcdet.demo")
+
+# What a folder is searched for; a file that is named itself may have any suffix.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+MAX_NAME_BYTES = 200  # file systems take 255
+
+
+def demo(
+    config: Any,
+    weights: Path,
+    inputs: Sequence[str],
+    output: Path,
+    *,
+    score_threshold: float = 0.5,
+    device: str | None = None,
+) -> int:
+    """Detect in images, and in the images of folders; write pictures and detections.json.
+
+    A picture is called as its source. Nothing in `output` is overwritten: where a name is taken,
+    -2, -3 and so on is added. The command's exit code returns: 1 if inputs had to be skipped.
+    Raises UserError when no input could be used.
+    """
+    if not 0 <= score_threshold <= 1:
+        raise UserError("--score-threshold", f"must be from 0 to 1, got {score_threshold}")
+    paths, skipped = find_images(inputs)
+    torch_device = pick_device(device)
+    with output_folder(output):
+        model = build_model(config)
+        meta = load_weights(model, weights)
+        model.to(torch_device).eval()
+        classes, category_ids = class_names(config, meta, weights)
+        experiment = check(config)
+        rows: list[dict[str, Any]] = []
+        done = 0
+        for path in paths:
+            try:
+                image, batch = read_batch(path, experiment.data)
+            except BadImage as error:
+                skipped[path] = str(error)
+                log.warning("skipped: %s: %s", _printable(path), error)
+                continue
+            [found] = detect(model, [batch], experiment.test.precision, torch_device)
+            found = at_least(found, score_threshold)
+            picture = free_path(output, picture_name(path))
+            write_picture(picture, draw_detections(image, found, classes))
+            log.info("%s: %d found, see %s", _printable(path), len(found.scores), picture)
+            rows += _rows(found, path, picture.name, classes, category_ids)
+            done += 1
+        if not done:
+            name, reason = next(iter(skipped.items()))
+            raise UserError(_printable(name), reason, f"none of {len(skipped)} inputs can be used")
+        results = free_path(output, "detections.json")
+        write_text(results, strict_json(rows))
+    log.info("drew %d of %d images, see %s", done, done + len(skipped), results)
+    return 1 if skipped else 0
+
+
+def find_images(inputs: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The files that are meant, each once, and the inputs that name none, with the reason.
+
+    A folder means the images in it by name, without those of folders inside it.
+    """
+    paths: dict[str, str] = {}  # absolute -> as given
+    empty: dict[str, str] = {}
+    for name in inputs:
+        names = [name]
+        if os.path.isdir(name):
+            try:
+                entries = sorted(os.listdir(name))
+            except OSError as error:
+                empty[name] = error.strerror or str(error)
+                continue
+            images = [e for e in entries if e.lower().endswith(SUFFIXES) and e[0] != "."]
+            names = [os.path.join(name, entry) for entry in images]
+            if not names:
+                empty[name] = f"no image in this folder ({', '.join(SUFFIXES)})"
+        for path in names:
+            paths.setdefault(os.path.abspath(path), path)
+    for name, reason in empty.items():
+        log.warning("skipped: %s: %s", _printable(name), reason)
+    if not paths:
+        name, reason = next(iter(empty.items()), ("the command", "names no image"))
+        raise UserError(_printable(name), reason)
+    return list(paths.values()), empty
+
+
+def class_names(config: Any, meta: dict[str, Any], weights: Path) -> tuple[list[str], list[int]]:
+    """Names and category ids of the labels, by the config or else by the checkpoint.
+
+    Without either the names are class 0, class 1, ... and the ids count from 1.
+    """
+    number = config.model.num_classes
+    trained = meta.get("classes")
+    given = config.data.classes
+    if given is not None and len(given) != number:
+        raise UserError(
+            config.where("data.classes"), f"{len(given)} names, but model.num_classes is {number}"
+        )
+    if given is not None and trained is not None and list(given) != list(trained):
+        log.warning("%s was trained for other class names: %s", weights, ", ".join(trained))
+    names = given or trained or [f"class {label}" for label in range(number)]
+    ids = meta.get("category_ids") if list(names) == trained else None
+    return list(names), list(ids or range(1, number + 1))
+
+
+def read_batch(path: str, data: DataSection) -> tuple[np.ndarray, Batch]:
+    """An image file (H, W, 3) uint8 RGB, and the same as a batch of one; raises BadImage."""
+    image = read_image(path, data.orientation, data.max_pixels)
+    size = image.shape[0], image.shape[1]
+    scale = network_scale(size, data.resize.short, data.resize.long)
+    resized = torch.from_numpy(resize(image, scale)).permute(2, 0, 1)
+    nothing = torch.zeros(0, 4)
+    target = Target(path, size, nothing, torch.zeros(0, dtype=torch.int64), nothing)
+    return image, collate([Sample(resized, target, scale, seed=0)], data.pad_multiple)
+
+
+def at_least(found: Detections, score: float) -> Detections:
+    """The detections with this score or a better one, less those with non-finite numbers."""
+    good = (found.scores >= score) & found.scores.isfinite() & found.boxes.isfinite().all(dim=1)
+    return replace(
+        found, boxes=found.boxes[good], scores=found.scores[good], labels=found.labels[good]
+    )
+
+
+def picture_name(path: str) -> str:
+    """A harmless file name like that of `path`: JPEG for JPEG, PNG for everything else."""
+    stem, suffix = os.path.splitext(os.path.basename(path))
+    stem = "".join(c if c.isprintable() and c not in '<>:"/\\|?*' else "_" for c in stem)
+    stem = stem.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
+    if not stem or stem[0] in "-.":  # an option to many commands; a hidden file
+        stem = "_" + stem
+    return stem + (".jpg" if suffix.lower() in (".jpg", ".jpeg") else ".png")
+
+
+def free_path(folder: Path, name: str) -> Path:
+    """A path in `folder` at which nothing stands: `name`, or with -2, -3, ... before its suffix."""
+    path, number = folder / name, 1
+    while os.path.lexists(path):
+        number += 1
+        path = folder / f"{Path(name).stem}-{number}{Path(name).suffix}"
+    return path
+
+
+def write_picture(path: Path, image: np.ndarray) -> None:
+    """Write an RGB image as a new file; FileExistsError if there is one."""
+    options = [cv2.IMWRITE_JPEG_QUALITY, 95] if path.suffix == ".jpg" else []
+    _, encoded = cv2.imencode(path.suffix, image[..., ::-1], options)
+    with open(path, "xb") as file:
+        try:
+            file.write(encoded.tobytes())
+            file.flush()
+        except OSError:
+            path.unlink()
+            raise
+
+
+def _rows(
+    found: Detections,
+    path: str,
+    picture: str,
+    classes: Sequence[str],
+    category_ids: Sequence[int],
+) -> Iterable[dict[str, Any]]:
+    """Detections in the COCO results format, and with names for people."""
+    boxes = xywh(found.boxes.double().numpy()).tolist()
+    for box, score, label in zip(boxes, found.scores.tolist(), found.labels.tolist(), strict=True):
+        yield {
+            "image_id": path,
+            "category_id": category_ids[label],
+            "bbox": box,
+            "score": score,
+            "name": classes[label],
+            "picture": picture,
+        }
+
+
+def _printable(path: str) -> str:
+    """A path for a message: on one line, whatever is in the name."""
+    return path if path.isprintable() else ascii(path)

@@ -1,0 +1,153 @@
+"""`dcdet check` finds everything that was broken on purpose, in one go."""
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from data_sets import coco_content, write_coco, write_voc
+
+from dcdet.config import load_config
+from dcdet.datasets.check import check
+from dcdet.errors import UserError
+
+CONFIG = Path(__file__).parent.parent / "configs" / "small" / "rfcn_dcn_r18_voc.yaml"
+SIZE = (40, 60)
+CELLS = [("RBC", 3, 4, 20, 30), ("WBC", 10, 4, 50, 30)]
+
+
+def run(train: Path, test: Path, *overrides: str) -> tuple[int, list[str]]:
+    lines: list[str] = []
+    places = [f"data.train.root={train}", f"data.test.root={test}", "data.workers=0"]
+    code = check(load_config(CONFIG, [*places, *overrides]), lines.append)
+    return code, lines
+
+
+def cells(root: Path, number: int = 8, image_set: str = "trainval") -> Path:
+    return write_voc(root, {f"c{i}": (SIZE, CELLS) for i in range(number)}, image_set)
+
+
+def test_a_clean_set(tmp_path: Path) -> None:
+    code, lines = run(cells(tmp_path / "a"), cells(tmp_path / "b", 3, "test"))
+    assert code == 0
+    assert lines[-1] == "nothing wrong"
+    text = "\n".join(lines)
+    assert "train: VOC trainval: 8 images, 16 objects (0 difficult or crowd), 3 classes" in text
+    assert "RBC               8 objects in 8 images" in text
+    assert "Platelets         0 objects in 0 images" in text
+    assert "box width (least, 5%, median, 95%, most): 18, 18, 29.5, 41, 41" in text
+    assert "images without objects to train on: 0" in text
+
+
+def test_everything_wrong_is_found_at_once(tmp_path: Path) -> None:
+    train = cells(tmp_path / "a")
+    annotations, images = train / "Annotations", train / "JPEGImages"
+    for name, old, new in (
+        ("c1", "<xmax>20</xmax>", "<xmax>3</xmax>"),
+        ("c2", "<name>WBC", "<name>WCB"),
+        ("c3", "<xmax>50</xmax>", "<xmax>500</xmax>"),
+    ):
+        file = annotations / f"{name}.xml"
+        file.write_text(file.read_text().replace(old, new))
+    (images / "c4.png").write_bytes((images / "c4.png").read_bytes()[:60])
+    (images / "c5.png").unlink()
+    cv2.imwrite(str(images / "c6.png"), np.zeros((30, 60, 3), np.uint8))
+    test = cells(tmp_path / "b", 3, "test")
+    code, lines = run(train, test, "data.max_bad_images=0.5")
+    text = "\n".join(lines)
+    assert code == 1
+    for expected in (
+        "  1 x degenerate box:",
+        "c1.xml:3: RBC (3, 4, 3, 30): degenerate box",
+        "  1 x unknown class 'WCB':",
+        "c2.xml:4: class 'WCB' is not in data.classes; did you mean 'WBC'?",
+        "  1 x box partly outside the image:",
+        "  3 x bad image:",
+        "c4.png: image file is truncated",
+        "c5.jpg: No such file or directory",
+        "c6.png: is 60 x 30 pixels (width x height), annotated as 60 x 40",
+    ):
+        assert expected in text
+    assert lines[-1] == "usable, but see above"
+
+
+def test_one_bad_image_is_enough_for_exit_code_1(tmp_path: Path) -> None:
+    train, test = cells(tmp_path / "a"), cells(tmp_path / "b", 3, "test")
+    (test / "JPEGImages" / "c1.png").write_text("")
+    code, lines = run(train, test)
+    assert code == 1
+    assert sum("c1.png: is not an image" in line for line in lines) == 1
+
+
+def test_too_many_bad_images(tmp_path: Path) -> None:
+    train = cells(tmp_path / "a")
+    for name in ("c1", "c2"):
+        (train / "JPEGImages" / f"{name}.png").write_text("")
+    code, lines = run(train, cells(tmp_path / "b", 3, "test"))
+    assert code == 2
+    assert "  2 bad images are more than data.max_bad_images allows: 1" in lines
+
+
+def test_an_unusable_set_does_not_hide_the_other(tmp_path: Path) -> None:
+    train = cells(tmp_path / "a")
+    for name in ("c1", "c2"):
+        (train / "Annotations" / f"{name}.xml").write_text("<")
+    code, lines = run(train, cells(tmp_path / "b", 3, "test"))
+    text = "\n".join(lines)
+    assert code == 2
+    assert "train: not usable" in text
+    assert "2 x unreadable annotation:" in text
+    assert "c1.xml: is not well-formed XML" in text
+    assert "c2.xml: is not well-formed XML" in text
+    assert "test: VOC test: 3 images" in text
+    code, lines = run(tmp_path / "nowhere", train, "data.test.image_set=trainval")
+    assert code == 2
+    assert any("trainval.txt: No such file" in line for line in lines)
+
+
+def test_class_count_and_shared_images(tmp_path: Path) -> None:
+    train = cells(tmp_path / "a")
+    code, lines = run(train, train, "model.num_classes=2", "data.test.image_set=trainval")
+    assert code == 2
+    assert any(
+        "model.num_classes: 2, wanted 3" in line or ": 2, wanted 3" in line for line in lines
+    )
+    assert any(line.startswith("note: 8 images are in both") for line in lines)
+
+
+def test_coco(tmp_path: Path) -> None:
+    content = coco_content(6)
+    content["annotations"][1]["bbox"] = [1, 1, 0, 0]
+    write_coco(tmp_path, content)
+    code, lines = run_coco(tmp_path)
+    assert code == 1
+    assert sum("annotations[1] (id 1): bbox [1, 1, 0, 0]: degenerate box" in x for x in lines) == 2
+
+
+def run_coco(root: Path) -> tuple[int, list[str]]:
+    config: Any = (CONFIG.parent.parent / "rfcn" / "rfcn_r101_coco.yaml").read_text()
+    for image_set in ("train2014+val2014", "test-dev2015", "minival2014"):
+        config = config.replace(image_set, "train")
+    file = root / "config.yaml"
+    file.write_text(config.replace("data/coco", str(root)))
+    lines: list[str] = []
+    overrides = ["model.num_classes=3", "data.workers=0"]
+    return check(load_config(file, overrides), lines.append), lines
+
+
+def test_bccd(shared: Path) -> None:
+    root = shared / "data" / "bccd"
+    code, lines = run(root, root, "data.workers=2")
+    text = "\n".join(lines)
+    assert code == 1
+    assert "train: VOC trainval: 292 images" in text
+    assert "BloodImage_00338.xml:158: RBC (504, 337, 504, 337): degenerate box" in text
+    assert "BloodImage_00343.xml:50: RBC (181, 329, 181, 329): degenerate box" in text
+    assert "bad image" not in text
+
+
+@pytest.mark.parametrize("override", ["data.batch_size=0", "data.train.image_sets=x"])
+def test_mistakes_in_the_config_itself(tmp_path: Path, override: str) -> None:
+    with pytest.raises(UserError, match=r"batch_size|did you mean 'image_set'|has no"):
+        run(tmp_path, tmp_path, override)
