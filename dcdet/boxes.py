@@ -50,9 +50,7 @@ def encode(boxes: Tensor, targets: Tensor) -> Tensor:
     """
     centres, sizes = _centres_and_sizes(boxes)
     target_centres, target_sizes = _centres_and_sizes(targets)
-    return torch.cat(
-        [(target_centres - centres) / sizes, torch.log(target_sizes / sizes)], dim=-1
-    )
+    return torch.cat([(target_centres - centres) / sizes, torch.log(target_sizes / sizes)], dim=-1)
 
 
 def decode(boxes: Tensor, deltas: Tensor) -> Tensor:
@@ -102,4 +100,3 @@ def flip(boxes: Tensor, width: int) -> Tensor:
     """Boxes (N, 4) mirrored left to right in an image `width` pixels wide."""
     x1, y1, x2, y2 = boxes.unbind(-1)
     return torch.stack([width - x2, y1, width - x1, y2], dim=-1)
-

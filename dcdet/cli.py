@@ -151,9 +151,9 @@ def _train(args: argparse.Namespace) -> int:
 
 def _test(args: argparse.Namespace) -> int:
     config, output = _config(args, args.words[1:])
-    from dcdet.engine.evaluate import test
+    from dcdet.engine.evaluate import evaluate
 
-    return test(config, args.weights, output, device=args.device)
+    return evaluate(config, args.weights, output, device=args.device)
 
 
 def _demo(args: argparse.Namespace) -> int:

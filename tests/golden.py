@@ -62,7 +62,9 @@ def load_param_module(shared: Path) -> ModuleType:
     return param
 
 
-def release_weights(model: nn.Module, shared: Path, name: str, box_std: Tensor | None) -> dict[str, Tensor]:
+def release_weights(
+    model: nn.Module, shared: Path, name: str, box_std: Tensor | None
+) -> dict[str, Tensor]:
     """The state dict of `model` with the recorded network's values; every one must be used.
 
     `box_std`: a network recorded at test time has box weights that are already multiplied by the

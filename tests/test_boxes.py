@@ -15,7 +15,11 @@ PLUS_ONE = torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float64)
 
 def recorded(shared: Path) -> dict[str, torch.Tensor]:
     arrays = np.load(shared / "golden" / "ops" / "utils_boxes.npz")
-    return {name: torch.from_numpy(arrays[name]) for name in arrays.files if arrays[name].dtype.kind == "f"}
+    return {
+        name: torch.from_numpy(arrays[name])
+        for name in arrays.files
+        if arrays[name].dtype.kind == "f"
+    }
 
 
 def test_encode_equals_the_release(shared: Path) -> None:
@@ -42,13 +46,17 @@ def test_iou_equals_the_release(shared: Path) -> None:
 
 coordinate = st.floats(-500, 500, allow_nan=False)
 side = st.floats(0.5, 500, allow_nan=False)
-box = st.tuples(coordinate, coordinate, side, side).map(lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]])
+box = st.tuples(coordinate, coordinate, side, side).map(
+    lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]]
+)
 
 
 @given(st.lists(st.tuples(box, box), min_size=1, max_size=8))
 def test_decode_is_the_inverse_of_encode(pairs: list[tuple[list[float], list[float]]]) -> None:
     boxes, targets = (torch.tensor(x, dtype=torch.float64) for x in zip(*pairs, strict=True))
-    torch.testing.assert_close(box_ops.decode(boxes, box_ops.encode(boxes, targets)), targets, atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(
+        box_ops.decode(boxes, box_ops.encode(boxes, targets)), targets, atol=1e-8, rtol=1e-8
+    )
 
 
 @given(box, st.integers(1, 2000))
@@ -58,10 +66,14 @@ def test_flip_twice_is_the_identity(one: list[float], width: int) -> None:
 
 
 @given(box, st.floats(0.1, 10), st.sampled_from(["inclusive", "continuous"]))
-def test_rescale_is_undone_by_the_inverse_factor(one: list[float], factor: float, pixels: str) -> None:
+def test_rescale_is_undone_by_the_inverse_factor(
+    one: list[float], factor: float, pixels: str
+) -> None:
     boxes = torch.tensor([one], dtype=torch.float64)
     there = box_ops.rescale(boxes, factor, pixels)
-    torch.testing.assert_close(box_ops.rescale(there, 1 / factor, pixels), boxes, atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(
+        box_ops.rescale(there, 1 / factor, pixels), boxes, atol=1e-8, rtol=1e-8
+    )
 
 
 def test_inclusive_rescale_moves_the_last_pixel_not_the_border() -> None:
@@ -81,4 +93,3 @@ def test_coverage_is_the_share_of_the_first_box() -> None:
     small, large = torch.tensor([[0.0, 0.0, 10.0, 10.0]]), torch.tensor([[5.0, 0.0, 105.0, 100.0]])
     assert box_ops.coverage(small, large).item() == 0.5
     assert box_ops.coverage(large, small).item() == pytest.approx(50 / 10000)
-

@@ -30,7 +30,12 @@ class Marker:
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "step_00000001.pth"
     torch.manual_seed(0)
-    state = {"model": nn.Linear(8, 8).state_dict(), "meta": {"classes": ["a", "b"]}, "step": 1, "rate": 0.1}
+    state = {
+        "model": nn.Linear(8, 8).state_dict(),
+        "meta": {"classes": ["a", "b"]},
+        "step": 1,
+        "rate": 0.1,
+    }
     checkpoint.save(path, state)
     return path
 
@@ -86,7 +91,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, form: str) -> None:
 
 def test_non_finite_values_are_neither_written_nor_loaded(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
-    with pytest.raises(DivergedError, match="model.weight"):
+    with pytest.raises(DivergedError, match=r"model\.weight"):
         checkpoint.save(path, {"model": {"weight": torch.tensor([float("nan")])}})
     assert not path.exists()
     torch.save({"weight": torch.full((1, 1), float("inf")), "bias": torch.zeros(1)}, path)
@@ -94,7 +99,9 @@ def test_non_finite_values_are_neither_written_nor_loaded(tmp_path: Path) -> Non
         checkpoint.load_weights(nn.Linear(1, 1), path)
 
 
-def test_differences_are_named_and_partial_loading_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_differences_are_named_and_partial_loading_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "x.pth"
     torch.save({"weight": torch.ones(1, 1), "extra": torch.ones(3)}, path)
     with pytest.raises(UserError, match=r"1 loaded, 1 missing \(bias\), 1 unused \(extra\)"):
@@ -121,10 +128,13 @@ def test_wrappers_of_the_model_do_not_matter(tmp_path: Path, prefix: str) -> Non
     assert model.weight.item() == 1
 
 
-def test_the_newest_whole_checkpoint_is_found(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_newest_whole_checkpoint_is_found(
+    saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (saved.parent / "step_00000002.pth").write_bytes(saved.read_bytes()[:500])
     found = checkpoint.newest(saved.parent)
-    assert found is not None and found[0] == saved
+    assert found is not None
+    assert found[0] == saved
     assert "step_00000002.pth" in caplog.text
     assert checkpoint.newest(saved.parent / "nowhere") is None
 
@@ -135,7 +145,11 @@ def test_prune_keeps_the_newest_and_removes_what_a_killed_writer_left(tmp_path: 
     (tmp_path / ".step_00000011.pth.tmp").touch()
     (tmp_path / "mine.pth").touch()
     checkpoint.prune(tmp_path, keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine.pth", "step_00000002.pth", "step_00000010.pth"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "mine.pth",
+        "step_00000002.pth",
+        "step_00000010.pth",
+    ]
 
 
 WRITER = """
@@ -144,14 +158,17 @@ from pathlib import Path
 from dcdet.engine import checkpoint
 print("ready", flush=True)
 for step in range(1, 10 ** 6):
-    checkpoint.save(Path(sys.argv[1]) / f"step_{step:08d}.pth", {"model": {"w": torch.full((500_000,), float(step))}})
+    state = {"model": {"w": torch.full((500_000,), float(step))}}
+    checkpoint.save(Path(sys.argv[1]) / f"step_{step:08d}.pth", state)
     checkpoint.prune(Path(sys.argv[1]), keep=2)
 """
 
 
 def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     for attempt in range(4):
-        process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE
+        )
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(0.15 + 0.07 * attempt)
@@ -176,8 +193,11 @@ def test_a_full_disk_is_said_and_keeps_the_old_file(saved: Path) -> None:
         "try: checkpoint.save(path, {'model': {'w': torch.zeros(100_000)}})\n"
         "except MachineError as error: print('refused', error)\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "refused" in result.stdout and saved.name in result.stdout
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "refused" in result.stdout
+    assert saved.name in result.stdout
     assert saved.read_bytes() == before
     assert MachineError.exit_code == 4
 
@@ -201,5 +221,11 @@ def test_torchvision_weights_fit_our_backbone(tmp_path: Path) -> None:
     checkpoint.load_pretrained(ours, str(path))
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        wanted = theirs.layer4(theirs.layer3(theirs.layer2(theirs.layer1(theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(x))))))))
+        wanted = theirs.layer4(
+            theirs.layer3(
+                theirs.layer2(
+                    theirs.layer1(theirs.maxpool(theirs.relu(theirs.bn1(theirs.conv1(x)))))
+                )
+            )
+        )
         torch.testing.assert_close(ours(x)["c5"], wanted, atol=1e-4, rtol=1e-4)

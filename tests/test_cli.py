@@ -207,7 +207,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     monkeypatch.setattr(registry, "check", lambda config: None)
     monkeypatch.setattr(dcdet.engine.train, "train", record)
-    monkeypatch.setattr(dcdet.engine.evaluate, "test", record)
+    monkeypatch.setattr(dcdet.engine.evaluate, "evaluate", record)
     monkeypatch.setattr(dcdet.engine.demo, "demo", record)
     return seen
 

@@ -27,7 +27,9 @@ def make_batch(shared: Path, target: Target | None = None) -> Batch:
     image = load_param_module(shared).image(199, 271)
     mean = np.array([123.15, 115.90, 103.06]).reshape(1, 3, 1, 1)
     pixels = torch.from_numpy(np.rint(image + mean).astype(np.uint8))
-    target = target or Target("golden", (133, 181), torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0, 4))
+    target = target or Target(
+        "golden", (133, 181), torch.zeros(0, 4), torch.zeros(0).long(), torch.zeros(0, 4)
+    )
     return Batch(pixels, [(199, 271)], [target], [1.5], [0])
 
 
@@ -66,7 +68,12 @@ def recorded_run(shared: Path) -> tuple[nn.Module, dict[str, Tensor]]:
     with torch.no_grad():
         batch = make_batch(shared)
         features = model.features(batch)
-        for own, name in (("c2", "res2c_relu"), ("c3", "res3b3_relu"), ("c4", "res4b22_relu"), ("c5", "res5c_relu")):
+        for own, name in (
+            ("c2", "res2c_relu"),
+            ("c3", "res3b3_relu"),
+            ("c4", "res4b22_relu"),
+            ("c5", "res5c_relu"),
+        ):
             maps[name] = features[own]
         raw = model.rpn(features)
         maps["rois"] = model.rpn.proposals(raw, batch.sizes, batch.scales)[0]
@@ -79,7 +86,9 @@ def recorded_run(shared: Path) -> tuple[nn.Module, dict[str, Tensor]]:
     return model, maps
 
 
-def test_every_recorded_map_agrees(shared: Path, recorded_run: tuple[nn.Module, dict[str, Tensor]]) -> None:
+def test_every_recorded_map_agrees(
+    shared: Path, recorded_run: tuple[nn.Module, dict[str, Tensor]]
+) -> None:
     arrays, info = load(shared, "rfcn_dcn")
     model, maps = recorded_run
     compared = 0
@@ -89,10 +98,16 @@ def test_every_recorded_map_agrees(shared: Path, recorded_run: tuple[nn.Module, 
         close(subsample(maps[name], info["subsample_steps"].get(name)), arrays[name], name)
         compared += 1
     assert compared == 16
-    close((maps["bbox_pred"] * model.roi_head.box_std).numpy(), arrays["bbox_pred"][:, 4:], "bbox_pred")
+    close(
+        (maps["bbox_pred"] * model.roi_head.box_std).numpy(),
+        arrays["bbox_pred"][:, 4:],
+        "bbox_pred",
+    )
 
 
-def test_proposals_agree_as_sets(shared: Path, recorded_run: tuple[nn.Module, dict[str, Tensor]]) -> None:
+def test_proposals_agree_as_sets(
+    shared: Path, recorded_run: tuple[nn.Module, dict[str, Tensor]]
+) -> None:
     recorded = load(shared, "rfcn_dcn")[0]["rois"][:, 1:] + [0, 0, 1, 1]
     ours = recorded_run[1]["rois"].numpy()
     assert ours.shape == recorded.shape
@@ -102,12 +117,21 @@ def test_proposals_agree_as_sets(shared: Path, recorded_run: tuple[nn.Module, di
 def test_detections_agree(shared: Path, recorded_run: tuple[nn.Module, dict[str, Tensor]]) -> None:
     recorded = load(shared, "rfcn_dcn")[0]["detections"]
     found = recorded_run[0].predict(make_batch(shared))[0]
-    ours = torch.cat([found.labels[:, None] + 1, found.boxes - found.boxes.new_tensor([0, 0, 1, 1]), found.scores[:, None]], 1)
+    ours = torch.cat(
+        [
+            found.labels[:, None] + 1,
+            found.boxes - found.boxes.new_tensor([0, 0, 1, 1]),
+            found.scores[:, None],
+        ],
+        1,
+    )
     assert len(ours) == len(recorded)
     assert same_boxes(ours.numpy(), recorded, 5e-3) >= 0.99
 
 
-def test_a_changed_border_rule_is_noticed(shared: Path, recorded_run: tuple[nn.Module, dict[str, Tensor]]) -> None:
+def test_a_changed_border_rule_is_noticed(
+    shared: Path, recorded_run: tuple[nn.Module, dict[str, Tensor]]
+) -> None:
     """The comparison can fail: zero padding instead of the original border changes res5."""
     model = build_model(load_config(CONFIG, ["model.backbone.deform.border=zero"])).eval()
     model.load_state_dict(recorded_run[0].state_dict())
@@ -139,7 +163,9 @@ def training_step(shared: Path) -> tuple[nn.Module, dict[str, Tensor], Batch]:
     return model, losses, batch
 
 
-def test_losses_agree(shared: Path, training_step: tuple[nn.Module, dict[str, Tensor], Batch]) -> None:
+def test_losses_agree(
+    shared: Path, training_step: tuple[nn.Module, dict[str, Tensor], Batch]
+) -> None:
     arrays, _ = load(shared, "train_rfcn_dcn")
     losses = {name: value.item() for name, value in training_step[1].items()}
     labels = arrays["in_label"].ravel()
@@ -147,7 +173,9 @@ def test_losses_agree(shared: Path, training_step: tuple[nn.Module, dict[str, Te
     taken = labels >= 0
     wanted = -np.log(probability[labels[taken].astype(int), taken.nonzero()[0]]).mean()
     assert losses["rpn_score"] == pytest.approx(wanted, abs=1e-4)
-    assert losses["rpn_box"] == pytest.approx(float(arrays["out_rpn_bbox_loss_sum"]) / 256, abs=1e-4)
+    assert losses["rpn_box"] == pytest.approx(
+        float(arrays["out_rpn_bbox_loss_sum"]) / 256, abs=1e-4
+    )
     kept = arrays["mid_custom1_labels_ohem"]
     rows = (kept >= 0).nonzero()[0]
     scores = arrays["out_cls_prob_reshape"][0, rows, kept[rows].astype(int)]
@@ -155,7 +183,9 @@ def test_losses_agree(shared: Path, training_step: tuple[nn.Module, dict[str, Te
     assert losses["roi_box"] == pytest.approx(arrays["out_bbox_loss_reshape"].sum() / 128, abs=1e-4)
 
 
-def test_gradients_agree(shared: Path, training_step: tuple[nn.Module, dict[str, Tensor], Batch]) -> None:
+def test_gradients_agree(
+    shared: Path, training_step: tuple[nn.Module, dict[str, Tensor], Batch]
+) -> None:
     arrays, _ = load(shared, "train_rfcn_dcn")
     steps = json.loads(str(arrays["meta"]))["grad_flat_steps"]
     compared = 0

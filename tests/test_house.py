@@ -27,7 +27,9 @@ def test_from_image_file_to_loss(tmp_path: Path) -> None:
     The bodies of the deformable and pooling ops are kernels, written in torch where other projects
     have C++: of them, as of compiled kernels, only the public functions and their checks count.
     """
-    node = f"{{type: Shapes, root: {tmp_path / 's'}, split: train, train_images: 8, test_images: 1}}"
+    node = (
+        f"{{type: Shapes, root: {tmp_path / 's'}, split: train, train_images: 8, test_images: 1}}"
+    )
     config = load_config(
         ROOT / "configs" / "quickstart" / "rfcn_dcn_r18_shapes.yaml",
         [f"data.train={node}", "data.workers=0", "data.batch_size=2"],
@@ -61,7 +63,9 @@ def test_from_image_file_to_loss(tmp_path: Path) -> None:
 def differing(one: Any, other: Any, path: str = "") -> set[str]:
     if isinstance(one, dict) and isinstance(other, dict):
         keys = one.keys() | other.keys()
-        return set().union(*(differing(one.get(k), other.get(k), f"{path}.{k}".strip(".")) for k in keys))
+        return set().union(
+            *(differing(one.get(k), other.get(k), f"{path}.{k}".strip(".")) for k in keys)
+        )
     return set() if one == other else {path}
 
 
@@ -79,12 +83,14 @@ def test_voc_and_coco_siblings_differ_only_in_their_data() -> None:
     for kind in ("rfcn", "rfcn_dcn"):
         folder = ROOT / "configs" / "rfcn"
         found = differing(
-            load_config(folder / f"{kind}_r101_voc.yaml").plain(), load_config(folder / f"{kind}_r101_coco.yaml").plain()
+            load_config(folder / f"{kind}_r101_voc.yaml").plain(),
+            load_config(folder / f"{kind}_r101_coco.yaml").plain(),
         )
         assert found == {
             "model.num_classes", "model.rpn.anchor_scales", "model.postprocess.max_per_image",
-            "data.classes", "data.train.type", "data.train.root", "data.train.image_set", "data.train.boxes",
-            "data.test.type", "data.test.root", "data.test.image_set", "data.test.boxes", "data.batch_size",
-            "solver.epochs", "solver.reference_batch", "solver.milestones", "test.evaluator.type",
-            "test.evaluator.metric", "test.evaluator.through_text",
+            "data.classes", "data.batch_size", "solver.epochs", "solver.reference_batch",
+            "solver.milestones", "test.evaluator.type", "test.evaluator.metric",
+            "test.evaluator.through_text",
+            *(f"data.{part}.{key}" for part in ("train", "test")
+              for key in ("type", "root", "image_set", "boxes")),
         }  # fmt: skip

@@ -34,7 +34,10 @@ def test_schedule_equals_the_release(shared: Path) -> None:
     arrays = np.load(shared / "golden" / "ops" / "utils_lr.npz")
     attrs = json.loads(str(arrays["attrs"]))
     warmup = WarmupSpec(attrs["warmup_step"], attrs["warmup_lr"] / attrs["base_lr"], "constant")
-    ours = [learning_rate(n, attrs["base_lr"], warmup, attrs["step"], attrs["factor"]) for n in range(1, 80)]
+    ours = [
+        learning_rate(n, attrs["base_lr"], warmup, attrs["step"], attrs["factor"])
+        for n in range(1, 80)
+    ]
     assert ours == pytest.approx(arrays["lr"][1:].tolist(), rel=1e-12)
 
 
@@ -63,11 +66,16 @@ def test_multipliers_reach_their_parameters() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].weight.requires_grad_(False)
     optimizer = build_optimizer(
-        model, section(lr_multipliers={"1.*": 3.0}, weight_decay_multipliers={"*.bias": 0.0}, gradient="mean")
+        model,
+        section(
+            lr_multipliers={"1.*": 3.0}, weight_decay_multipliers={"*.bias": 0.0}, gradient="mean"
+        ),
     )
     set_learning_rate(optimizer, 0.1)
     found = {
-        id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+        id(p): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
     }
     assert id(model[0].weight) not in found
     assert found[id(model[0].bias)] == pytest.approx((0.1, 0.0))

@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from dcdet import load_config
 from dcdet.engine import checkpoint
-from dcdet.engine.evaluate import test as evaluate
+from dcdet.engine.evaluate import evaluate
 from dcdet.engine.train import train
 from dcdet.errors import DivergedError, UserError
 
@@ -50,10 +50,24 @@ def losses(output: Path) -> list[float]:
 
 
 def command(overrides: list[str], output: Path, *more: str, processes: int = 1) -> list[str]:
-    door = [str(ROOT / "tools" / "train.py"), str(QUICKSTART), *overrides, "--output", str(output), *more]
+    door = [
+        str(ROOT / "tools" / "train.py"),
+        str(QUICKSTART),
+        *overrides,
+        "--output",
+        str(output),
+        *more,
+    ]
     if processes == 1:
         return [sys.executable, *door]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *door]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        *door,
+    ]
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
@@ -62,7 +76,9 @@ def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_every_shipped_config_trains_and_tests(path: Path, shapes: list[str], tmp_path: Path) -> None:
+def test_every_shipped_config_trains_and_tests(
+    path: Path, shapes: list[str], tmp_path: Path
+) -> None:
     overrides = [
         *shapes, "model.num_classes=4", "data.classes=null", "model.backbone.depth=18",
         "model.backbone.pretrained=null", "solver.epochs=1", "solver.checkpoint_every=1",
@@ -81,10 +97,14 @@ def test_every_shipped_config_trains_and_tests(path: Path, shapes: list[str], tm
     json.loads((tmp_path / "test" / "detections.json").read_text())
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_does_not(shapes: list[str], tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(
+    shapes: list[str], tmp_path: Path
+) -> None:
     digests = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train(load_config(QUICKSTART, [*shapes, "solver.epochs=1", f"seed={seed}"]), tmp_path / name)
+        train(
+            load_config(QUICKSTART, [*shapes, "solver.epochs=1", f"seed={seed}"]), tmp_path / name
+        )
         digests.append(checkpoint._digest(weights(tmp_path / name)["model"]))
     assert digests[0] == digests[1] != digests[2]
 
@@ -96,7 +116,12 @@ def test_a_killed_run_resumes_to_the_same_bits(shapes: list[str], tmp_path: Path
     whole = run(command(overrides, tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command(overrides, tmp_path / "killed"), stderr=subprocess.PIPE, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        command(overrides, tmp_path / "killed"),
+        stderr=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+    )
     wanted = tmp_path / "killed" / "checkpoints" / "step_00000005.pth"
     deadline = time.monotonic() + 120
     while not wanted.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -129,7 +154,9 @@ def test_two_processes_give_the_losses_of_one(norm: str, shapes: list[str], tmp_
 
 def test_sigterm_writes_a_checkpoint_first(shapes: list[str], tmp_path: Path) -> None:
     overrides = [*shapes, "solver.epochs=1000", "solver.checkpoint_every=1000", "data.workers=1"]
-    process = subprocess.Popen(command(overrides, tmp_path), stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command(overrides, tmp_path), stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("step 2/"):
@@ -140,12 +167,14 @@ def test_sigterm_writes_a_checkpoint_first(shapes: list[str], tmp_path: Path) ->
     assert weights(tmp_path)["step"] >= 2
 
 
-def test_divergence_ends_with_code_3_and_good_checkpoints(shapes: list[str], tmp_path: Path) -> None:
+def test_divergence_ends_with_code_3_and_good_checkpoints(
+    shapes: list[str], tmp_path: Path
+) -> None:
     config = load_config(QUICKSTART, [
-        *shapes, "solver.lr=1e6", "solver.epochs=100", "solver.clip_gradient=null", "solver.max_bad_steps=3",
-        "solver.checkpoint_every=0.5",
+        *shapes, "solver.lr=1e6", "solver.epochs=100", "solver.clip_gradient=null",
+        "solver.max_bad_steps=3", "solver.checkpoint_every=0.5",
     ])  # fmt: skip
-    with pytest.raises(DivergedError, match="not finite|non-finite") as caught:
+    with pytest.raises(DivergedError, match=r"not finite|non-finite") as caught:
         train(config, tmp_path)
     assert caught.value.exit_code == 3
     for path in checkpoint.sorted_checkpoints(tmp_path / "checkpoints"):
@@ -153,14 +182,25 @@ def test_divergence_ends_with_code_3_and_good_checkpoints(shapes: list[str], tmp
         assert not checkpoint._first_non_finite(state)
 
 
-def test_a_bad_step_changes_nothing(shapes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bad_step_changes_nothing(
+    shapes: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """One step with a NaN loss: it is not applied, not even to the statistics."""
     from dcdet.models.two_stage import TwoStageDetector
 
     own, calls = TwoStageDetector.forward, []
 
     def poisoned(self: TwoStageDetector, batch: Any) -> Any:
-        calls.append({name: value.clone() for name, value in self.state_dict().items() if "num_batches" not in name})
+        calls.append(
+            {
+                name: value.clone()
+                for name, value in self.state_dict().items()
+                if "num_batches" not in name
+            }
+        )
         result, stats = own(self, batch)
         if len(calls) == 2:
             result["rpn_box"] = result["rpn_box"] * float("nan")
@@ -176,7 +216,9 @@ def test_a_bad_step_changes_nothing(shapes: list[str], tmp_path: Path, monkeypat
     assert [line["skipped_steps"] for line in lines] == [0, 1, 1, 1]
 
 
-def test_images_without_objects_train(shapes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_without_objects_train(
+    shapes: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dataclasses import replace
 
     from dcdet.datasets.shapes import Shapes
@@ -200,10 +242,16 @@ def test_a_second_run_does_not_overwrite_the_first(shapes: list[str], tmp_path: 
     with pytest.raises(UserError, match="another run"):
         train(config, tmp_path)
     with pytest.raises(UserError, match=r"solver\.lr was"):
-        train(load_config(QUICKSTART, [*shapes, "solver.epochs=1", "solver.lr=0.5"]), tmp_path, resume=True)
+        train(
+            load_config(QUICKSTART, [*shapes, "solver.epochs=1", "solver.lr=0.5"]),
+            tmp_path,
+            resume=True,
+        )
     assert train(load_config(QUICKSTART, [*shapes, "solver.epochs=1"]), tmp_path, resume=True) == 0
 
 
-def test_wrong_number_of_classes_is_found_before_training(shapes: list[str], tmp_path: Path) -> None:
+def test_wrong_number_of_classes_is_found_before_training(
+    shapes: list[str], tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="has 4 classes: crescent"):
         train(load_config(QUICKSTART, [*shapes, "model.num_classes=3"]), tmp_path)

@@ -6,6 +6,7 @@ Worker processes and ranks change who prepares a batch, never what is in it. B i
 import contextlib
 import hashlib
 import logging
+import signal
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -377,3 +378,7 @@ def _load(
 
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)  # a forked process must not touch OpenCV's thread pool
+    # A terminal or scheduler signals the whole group. The main process decides when to stop, and
+    # its workers end with it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)

@@ -126,8 +126,8 @@ def load_pretrained(backbone: nn.Module, source: str) -> None:
         if not path.is_file():
             raise UserError(
                 f"model.backbone.pretrained: {source}", "no such file",
-                "save ImageNet weights under torchvision's names there, or set "
-                "model.backbone.pretrained=torchvision to download them, =null to train from scratch",
+                "save ImageNet weights under torchvision's names there, or set it to torchvision "
+                "to download them, to null to train from scratch",
             )  # fmt: skip
         state = load(path)["model"]
     weights = _plain_names(state)

@@ -39,7 +39,7 @@ class TestSection:
     precision: Precision
 
 
-def test(config: Any, weights: Path, output: Path, *, device: str | None = None) -> int:
+def evaluate(config: Any, weights: Path, output: Path, *, device: str | None = None) -> int:
     """Detect on every image of `data.test`, write detections.json and metrics.json to `output`.
 
     The command's exit code returns: 1 if images had to be skipped. Raises UserError, MachineError.
@@ -48,10 +48,10 @@ def test(config: Any, weights: Path, output: Path, *, device: str | None = None)
         runtime = stack.enter_context(processes(device))
         if runtime.rank == 0:
             stack.enter_context(output_folder(output))
-        return _test(config, weights, output, runtime)
+        return _evaluate(config, weights, output, runtime)
 
 
-def _test(config: Any, weights: Path, output: Path, runtime: Runtime) -> int:
+def _evaluate(config: Any, weights: Path, output: Path, runtime: Runtime) -> int:
     experiment = check(config)
     data = experiment.data
     reader = build_reader(config, "test")
@@ -81,6 +81,8 @@ def _test(config: Any, weights: Path, output: Path, runtime: Runtime) -> int:
     log.info(
         "evaluated %d of %d images, %.1f images/s", total - len(skipped), total, total / seconds
     )
+    if evaluator.dropped:
+        log.warning("%d detections were not finite and do not count", evaluator.dropped)
     for name, value in metrics.items():
         if isinstance(value, float) or value is None:
             log.info("%s %s", name, "not defined" if value is None else f"{value:.4f}")

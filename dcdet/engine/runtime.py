@@ -112,11 +112,12 @@ def seed_everything(seed: int) -> None:
 
 def random_state() -> dict[str, Any]:
     """The generators' states as plain values and tensors."""
-    name, keys, position, has_gauss, gauss = np.random.get_state()  # type: ignore[misc]
+    state = np.random.get_state(legacy=False)
+    assert isinstance(state, dict)
     version, words, gauss_next = random.getstate()
     return {
         "python": [version, list(words), gauss_next],
-        "numpy": [name, keys.tolist(), position, has_gauss, gauss],
+        "numpy": {**state, "state": {**state["state"], "key": state["state"]["key"].tolist()}},
         "torch": torch.get_rng_state(),
     }
 
@@ -125,8 +126,8 @@ def set_random_state(state: dict[str, Any]) -> None:
     """Put back what `random_state` gave."""
     version, words, gauss_next = state["python"]
     random.setstate((version, tuple(words), gauss_next))
-    name, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
+    key = np.array(state["numpy"]["state"]["key"], dtype=np.uint32)
+    np.random.set_state({**state["numpy"], "state": {**state["numpy"]["state"], "key": key}})
     torch.set_rng_state(state["torch"])
 
 

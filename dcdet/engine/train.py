@@ -74,10 +74,11 @@ def _train(config: Any, output: Path, resume: bool, run: Runtime, signals: Signa
     milestones = milestones_in_updates(solver.milestones, len(dataset), data.batch_size)
     if run.rank == 0:
         config.dump(output / "config.yaml")
-        log.info("%d images, %d steps of %d, learning rate %g (%g for a batch of %d)",
-                 len(dataset), steps, data.batch_size, base_lr, solver.lr, solver.reference_batch)  # fmt: skip
-        log.info("%s on %s, %d process(es), results in %s",
-                 solver.precision, run.device, run.world, output)  # fmt: skip
+        rates = f"{base_lr:g} ({solver.lr:g} for a batch of {solver.reference_batch})"
+        log.info("%d images, %d steps of %d images, learning rate %s", len(dataset), steps,
+                 data.batch_size, rates)  # fmt: skip
+        log.info("%s on %s, %d process(es), results in %s", solver.precision, run.device,
+                 run.world, output)  # fmt: skip
 
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -149,6 +150,7 @@ def _start(
     state = State(model, build_optimizer(model, solver), scaler)
     meta = {
         "classes": reader.classes,
+        "category_ids": reader.category_ids,
         "config": config.plain(),
         "images": len(reader.records),
     }
@@ -169,8 +171,8 @@ def _restore(state: State, path: Path, saved: dict[str, Any], meta: dict[str, An
         if then.get(key) != now.get(key)
     ]
     if changed:
-        raise UserError(path, f"was trained otherwise: {'; '.join(changed[:3])}",
-                        "resume with the same config and data, or start anew in another --output")  # fmt: skip
+        hint = "resume with the same config and data, or start anew in another --output"
+        raise UserError(path, f"was trained otherwise: {'; '.join(changed[:3])}", hint)
     checkpoint.copy_weights(state.model, saved["model"], path)
     try:
         state.optimizer.load_state_dict(saved["optimizer"])

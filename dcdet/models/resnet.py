@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
+from dcdet.models.init import init_layers
 from dcdet.ops.deform_conv import deform_conv2d
 
 STAGES = ("c2", "c3", "c4", "c5")
@@ -60,8 +62,7 @@ class DeformConv2d(nn.Module):
             in_channels, (27 if spec.modulated else 18) * spec.groups, 3, stride,
             padding=offset_dilation, dilation=offset_dilation,
         )  # fmt: skip
-        nn.init.zeros_(self.offset.weight)
-        nn.init.zeros_(self.offset.bias)
+        init_layers(self.offset, std=0.0)
         self.stride, self.dilation, self.spec = stride, dilation, spec
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,6 +80,11 @@ class DeformConv2d(nn.Module):
 
 class FrozenBatchNorm(nn.Module):
     """Batch normalisation whose statistics and affine parameters are constants (buffers)."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -100,6 +106,11 @@ class FrozenBatchNorm(nn.Module):
 class BatchNorm(nn.BatchNorm2d):
     """Trainable batch normalisation over the images of all processes together."""
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
@@ -107,7 +118,7 @@ class BatchNorm(nn.BatchNorm2d):
         x32 = x.float()
         count = x32.new_full((1,), x32.numel() // x32.shape[1])
         sums = torch.cat([x32.sum((0, 2, 3)), x32.square().sum((0, 2, 3)), count])
-        sums = torch.distributed.nn.functional.all_reduce(sums)
+        sums = all_reduce(sums)
         mean, square = (sums[:-1] / sums[-1]).chunk(2)
         var = square - mean.square()
         with torch.no_grad():
@@ -252,7 +263,8 @@ class ResNet(nn.Module):
         for module in self.modules():
             # A trained block starts as the identity: Goyal et al., ImageNet in 1 Hour, 5.1.
             if isinstance(module, Block) and isinstance(module.bn2, BatchNorm):
-                nn.init.zeros_((module.bn3 if module.last else module.bn2).weight)
+                last = module.bn3 if module.last else module.bn2
+                nn.init.zeros_(last.get_parameter("weight"))
 
 
 def _block_indices(deform: DeformSpec | None, stage: str, number: int) -> set[int]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcdet import boxes as box_ops
+from dcdet.models.init import init_layers
 from dcdet.models.targets import RoISamples, hardest, roi_targets, smooth_l1
 from dcdet.ops.deform_psroi_pool import deform_psroi_pool
 from dcdet.ops.psroi_pool import psroi_pool
@@ -42,6 +43,8 @@ class RFCNHead(nn.Module):
             is left out; None: it is background, as in the 2017 release.
     """
 
+    box_std: Tensor
+
     def __init__(
         self,
         in_channels: int,
@@ -65,15 +68,11 @@ class RFCNHead(nn.Module):
         self.score = nn.Conv2d(channels, parts * (1 + num_classes), 1)
         # Background's deltas, then the object's; only the latter are used (as in the release).
         self.delta = nn.Conv2d(channels, parts * 8, 1)
-        for layer in (self.reduce, self.score, self.delta):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+        init_layers(self.reduce, self.score, self.delta, std=0.01)
         if deformable:
             self.score_offset = nn.Conv2d(channels, parts * 2 * (1 + num_classes), 1)
             self.delta_offset = nn.Conv2d(channels, parts * 2, 1)
-            for layer in (self.score_offset, self.delta_offset):
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
+            init_layers(self.score_offset, self.delta_offset, std=0.0)
         self.register_buffer("box_std", torch.tensor(box_std), persistent=False)
         self.stride, self.in_feature = stride, in_feature
         self.group_size, self.deformable = group_size, deformable

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dcdet import boxes as box_ops
 from dcdet.models.anchors import cell_anchors, grid_anchors
+from dcdet.models.init import init_layers
 from dcdet.models.targets import rpn_targets, smooth_l1, subsample
 from dcdet.ops.nms import nms
 from dcdet.structures import Batch
@@ -89,9 +90,7 @@ class RPNHead(nn.Module):
         self.conv = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.score = nn.Conv2d(channels, 2 * anchors, 1)
         self.delta = nn.Conv2d(channels, 4 * anchors, 1)
-        for layer in (self.conv, self.score, self.delta):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+        init_layers(self.conv, self.score, self.delta, std=0.01)
         for stride in strides:
             cell = cell_anchors(stride, anchor_scales, anchor_ratios).float()
             self.register_buffer(f"anchors_{stride}", cell, persistent=False)

@@ -1,5 +1,7 @@
 """The two-stage detector: backbone, neck, region proposals, RoI head. B images."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +20,14 @@ class TwoStageDetector(nn.Module):
         pixel_mean, pixel_std: RGB, in units of 0..255.
         postprocess: the choice of final detections.
     """
+
+    # What the parts do stands in their own files; any class with the same verbs will do.
+    backbone: Any
+    neck: Any
+    rpn: Any
+    roi_head: Any
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(
         self,

@@ -174,7 +174,12 @@ class _Sampler:
     def by_channel(self, values: Tensor) -> Tensor:
         """The inverse of `_by_pixel`: (parts, P * K * G) -> (B, G * K * parts, H', W')."""
         split = (self.batch, self.out_h, self.out_w, self.taps, self.offset_groups)
-        return values.view(-1, *split).permute(1, 5, 4, 0, 2, 3).contiguous().flatten(1, 3)
+        return (
+            values.view(values.shape[0], *split)
+            .permute(1, 5, 4, 0, 2, 3)
+            .contiguous()
+            .flatten(1, 3)
+        )
 
     def runs(self) -> Iterator[slice]:
         """Slices of output pixels whose columns, indices and weights fit COLUMN_BYTES."""
@@ -206,7 +211,7 @@ class _Sampler:
             held = held.view(2, -1)
         else:
             inside = position > -1
-        position = position.clamp(-PAD * torch.ones_like(size), size)
+        position = position.clamp(min=-PAD).minimum(size)
         cell = torch.where(inside, position.floor(), -PAD)
 
         row_type = index_dtype(self.table.shape[0])
@@ -306,7 +311,7 @@ def _deform_conv2d_backward(
         sampler.as_map(grad_table).contiguous(memory_format=torch.channels_last),
         sampler.by_channel(grad_position),
         grad_weight.permute(0, 3, 1, 2).contiguous(),
-        grad_mask if mask is None else sampler.by_channel(grad_mask),
+        grad_mask if mask is None else sampler.by_channel(grad_mask[None]),
     )
 
 

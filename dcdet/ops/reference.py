@@ -109,9 +109,9 @@ def psroi_pool(
         if roi.isnan().any():
             pooled += [input.new_full((output_dim,), torch.nan)] * pooled_size**2
             continue
-        start_x, start_y = _round(roi[1]) * spatial_scale, _round(roi[2]) * spatial_scale
-        end_x = (_round(roi[3]) + 1) * spatial_scale
-        end_y = (_round(roi[4]) + 1) * spatial_scale
+        x1, y1, x2, y2 = _round(roi[1:].clamp(-1e9, 1e9))
+        start_x, start_y = x1 * spatial_scale, y1 * spatial_scale
+        end_x, end_y = (x2 + 1) * spatial_scale, (y2 + 1) * spatial_scale
         bin_h = torch.maximum(end_y - start_y, roi.new_tensor(0.1)) / pooled_size
         bin_w = torch.maximum(end_x - start_x, roi.new_tensor(0.1)) / pooled_size
         for ph in range(pooled_size):
@@ -122,8 +122,6 @@ def psroi_pool(
                     (pw * bin_w + start_x).floor().item(),
                     ((pw + 1) * bin_w + start_x).ceil().item(),
                 )
-                if any(math.isnan(edge) for edge in edges):
-                    edges = (0.0, 0.0, 0.0, 0.0)
                 top, bottom = (int(min(max(edge, 0), height)) for edge in edges[:2])
                 left, right = (int(min(max(edge, 0), width)) for edge in edges[2:])
                 gh, gw = ph * group_size // pooled_size, pw * group_size // pooled_size
@@ -156,10 +154,9 @@ def deform_psroi_pool(
     images = rois[:, 0].long()
     classes = 1 if trans is None else trans.shape[1] // 2
     part_size = part_size or pooled_size
-    start_x = _round(rois[:, 1]) * spatial_scale - 0.5
-    start_y = _round(rois[:, 2]) * spatial_scale - 0.5
-    end_x = (_round(rois[:, 3]) + 1) * spatial_scale - 0.5
-    end_y = (_round(rois[:, 4]) + 1) * spatial_scale - 0.5
+    x1, y1, x2, y2 = _round(rois[:, 1:].clamp(-1e9, 1e9)).unbind(1)
+    start_x, start_y = x1 * spatial_scale - 0.5, y1 * spatial_scale - 0.5
+    end_x, end_y = (x2 + 1) * spatial_scale - 0.5, (y2 + 1) * spatial_scale - 0.5
     roi_w = torch.maximum(end_x - start_x, rois.new_tensor(0.1))
     roi_h = torch.maximum(end_y - start_y, rois.new_tensor(0.1))
     bin_w, bin_h = roi_w / pooled_size, roi_h / pooled_size
@@ -179,8 +176,8 @@ def deform_psroi_pool(
                     shift_x = trans[:, 2 * of_class, part_h, part_w]
                     shift_y = trans[:, 2 * of_class + 1, part_h, part_w]
                     broken = broken | shift_x.isnan() | shift_y.isnan()
-                    x = x + shift_x * trans_std * roi_w
-                    y = y + shift_y * trans_std * roi_h
+                    x = x + shift_x.clamp(-1e9, 1e9) * trans_std * roi_w
+                    y = y + shift_y.clamp(-1e9, 1e9) * trans_std * roi_h
                 total, kept_samples = input.new_zeros(count), input.new_zeros(count)
                 for ih in range(sample_per_part):
                     for iw in range(sample_per_part):
