@@ -31,3 +31,12 @@ class MachineError(DcdetError):
     """Disk full, out of memory, a worker or a rank lost: nothing the config could mend."""
 
     exit_code = 4
+
+
+def require(holds: bool, key: str, wanted: str, got: object) -> None:
+    """Raise ValueError unless a constructor's value `holds` what it must.
+
+    Where the value came from a config, the registry adds the line of `key`.
+    """
+    if not holds:
+        raise ValueError(f"{key}: must be {wanted}, got {got!r}")

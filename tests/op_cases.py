@@ -44,11 +44,17 @@ def gradients(output: Tensor, grad: Tensor, inputs: Sequence[Tensor | None]) -> 
     return list(torch.autograd.grad(output, [i for i in inputs if i is not None], grad))
 
 
+def whole_numbers(like: Tensor) -> Tensor:
+    """A gradient of small whole numbers, the same in every dtype."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(-9, 10, like.shape, generator=generator).to(like)
+
+
 def laid_out(value: Tensor, layout: str) -> Tensor:
     """The same numbers in other strides."""
     if layout == "channels_last" and value.dim() == 4:
         return value.contiguous(memory_format=torch.channels_last)
-    if layout == "transposed":
+    if layout == "transposed" and value.dim() > 1:
         return value.transpose(-1, -2).contiguous().transpose(-1, -2)
     if layout == "expanded":
         return value[:1].expand_as(value)  # one stride of zero: the numbers of the first row

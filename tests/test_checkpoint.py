@@ -185,7 +185,8 @@ def test_a_killed_writer_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
 def test_a_full_disk_is_said_and_keeps_the_old_file(saved: Path) -> None:
     before = saved.read_bytes()
     code = (
-        "import resource, signal, torch; from pathlib import Path; from dcdet.engine import checkpoint\n"
+        "import resource, signal, torch; from pathlib import Path\n"
+        "from dcdet.engine import checkpoint\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "from dcdet.errors import MachineError\n"

@@ -63,13 +63,13 @@ def case(
 TENSORS = ("input", "offset", "weight", "bias", "mask")
 
 
-def run(op: Any, arguments: dict[str, Any], grad_seed: int = 1) -> list[Tensor]:
+def run(op: Any, arguments: dict[str, Any]) -> list[Tensor]:
     """Output and gradients of one call."""
     arguments = arguments | {name: op_cases.leaf(arguments[name]) for name in TENSORS}
     output = op(**arguments)
-    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(grad_seed))
+    grad = op_cases.whole_numbers(output)
     inputs = [arguments[name] for name in TENSORS]
-    return [output.detach(), *op_cases.gradients(output, grad.to(output), inputs)]
+    return [output.detach(), *op_cases.gradients(output, grad, inputs)]
 
 
 @pytest.mark.parametrize("prefix", ["dcnv1", "dcnv2"])
@@ -135,7 +135,7 @@ def plant(draw: Any, offset: Tensor, values: st.SearchStrategy[float]) -> None:
         offset.view(-1)[draw(st.integers(0, offset.numel() - 1))] = draw(values)
 
 
-@settings(max_examples=120)
+@settings(max_examples=200)
 @given(geometries(), st.data())
 def test_equals_the_reference(arguments: dict[str, Any], data: st.DataObject) -> None:
     """Values and gradients in any geometry and layout, with sampled whole, far and huge offsets."""
@@ -232,7 +232,9 @@ def test_borders_by_hand(place: float, zero: Pair, original: Pair) -> None:
 @pytest.mark.parametrize("border", ["zero", "original"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_gradcheck(border: str, masked: bool) -> None:
-    arguments = case(batch=1, size=(4, 3), groups=2, offset_groups=2, masked=masked, border=border)
+    arguments = case(
+        batch=1, size=(3, 2), groups=2, kernel=(2, 2), outputs=1, masked=masked, border=border
+    )
     # a numeric slope needs positions away from whole numbers
     whole = arguments["offset"].floor()
     arguments["offset"] = whole + 0.2 + 0.6 * (arguments["offset"] - whole)
@@ -304,8 +306,9 @@ def test_half_types_compute_in_float32(dtype: torch.dtype) -> None:
     arguments = case(dtype=dtype, offset_groups=2)
     wide = {name: arguments[name].float() for name in TENSORS}
     own, full = run(deform_conv2d, arguments), run(deform_conv2d, arguments | wide)
-    assert all(one.dtype == dtype for one in own)
-    assert torch.equal(own[0], full[0].to(dtype))
+    for one, other in zip(own, full, strict=True):
+        assert one.dtype == dtype
+        assert torch.equal(one, other.to(dtype))
     precise = arguments | {name: arguments[name].float() for name in ("offset", "mask")}
     assert torch.equal(deform_conv2d(**precise), own[0])
 

@@ -255,3 +255,27 @@ def test_wrong_number_of_classes_is_found_before_training(
 ) -> None:
     with pytest.raises(UserError, match="has 4 classes: crescent"):
         train(load_config(QUICKSTART, [*shapes, "model.num_classes=3"]), tmp_path)
+
+
+def test_a_killed_process_ends_the_others(shapes: list[str], tmp_path: Path) -> None:
+    overrides = [*shapes, "solver.epochs=1000", "solver.checkpoint_every=1000"]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        launcher = subprocess.Popen(
+            command(overrides, tmp_path / "run", processes=2),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DCDET_TIMEOUT": "30"},
+        )
+        deadline = time.monotonic() + 120
+        while "step 2/" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.2)
+        listed = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(launcher.pid)], capture_output=True, text=True
+        )
+        ranks = [int(pid) for pid in listed.stdout.split()]
+        assert len(ranks) == 2, log.read_text()
+        os.kill(ranks[1], signal.SIGKILL)
+        assert launcher.wait(timeout=60) != 0
+    for pid in ranks:
+        assert not Path(f"/proc/{pid}").exists()

@@ -6,6 +6,7 @@ Worker processes and ranks change who prepares a batch, never what is in it. B i
 import contextlib
 import hashlib
 import logging
+import multiprocessing
 import signal
 import warnings
 from collections.abc import Iterator, Mapping
@@ -366,6 +367,8 @@ def _load(
     except (RuntimeError, OSError) as error:
         if workers == 0:
             raise
+        for worker in multiprocessing.active_children():  # they do not heed SIGTERM
+            worker.kill()
         if loader is not None:
             # Else it happens when `loader` is deleted, where a signal of a dying worker raises
             # once more and can only be printed.

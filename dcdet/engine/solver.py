@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dcdet.engine.runtime import Precision
-from dcdet.errors import UserError
+from dcdet.errors import UserError, require
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,8 @@ class WarmupSpec:
     shape: Literal["constant", "linear"]
 
     def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise ValueError(f"steps: must not be negative, got {self.steps}")
-        if not 0 <= self.factor <= 1:
-            raise ValueError(f"factor: must be in [0, 1], got {self.factor}")
+        require(self.steps >= 0, "steps", "at least 0", self.steps)
+        require(0 <= self.factor <= 1, "factor", "in [0, 1]", self.factor)
 
 
 @dataclass(frozen=True)
@@ -72,17 +70,14 @@ class SolverSection:
     def __post_init__(self) -> None:
         for name in ("epochs", "lr", "reference_batch", "lr_factor", "checkpoint_every",
                      "max_bad_steps", "log_every", "keep_checkpoints"):  # fmt: skip
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: must be positive, got {getattr(self, name)}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum: must be in [0, 1), got {self.momentum}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay: must not be negative, got {self.weight_decay}")
-        if self.clip_gradient is not None and not self.clip_gradient > 0:
-            raise ValueError(f"clip_gradient: must be positive or null, got {self.clip_gradient}")
-        late = [m for m in self.milestones if not 0 < m <= self.epochs]
-        if late:
-            raise ValueError(f"milestones: {late[0]} is not within {self.epochs} epochs")
+            require(getattr(self, name) > 0, name, "positive", getattr(self, name))
+        require(0 <= self.momentum < 1, "momentum", "in [0, 1)", self.momentum)
+        require(self.weight_decay >= 0, "weight_decay", "at least 0", self.weight_decay)
+        clip = self.clip_gradient
+        require(clip is None or clip > 0, "clip_gradient", "positive or null", clip)
+        for milestone in self.milestones:
+            wanted = f"within the {self.epochs:g} epochs"
+            require(0 < milestone <= self.epochs, "milestones", wanted, milestone)
 
     def scaled_lr(self, batch_size: int) -> float:
         """The learning rate on the gradient averaged over `batch_size` images."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dcdet.errors import require
 from dcdet.ops.nms import batched_nms
 
 
@@ -17,12 +18,9 @@ class PostprocessSpec:
     max_per_image: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.score_threshold < 1:
-            raise ValueError(f"score_threshold: must be in [0, 1), got {self.score_threshold}")
-        if not 0 < self.nms_iou <= 1:
-            raise ValueError(f"nms_iou: must be in (0, 1], got {self.nms_iou}")
-        if self.max_per_image < 1:
-            raise ValueError(f"max_per_image: must be at least 1, got {self.max_per_image}")
+        require(0 <= self.score_threshold < 1, "score_threshold", "in [0, 1)", self.score_threshold)
+        require(0 < self.nms_iou <= 1, "nms_iou", "in (0, 1]", self.nms_iou)
+        require(self.max_per_image >= 1, "max_per_image", "at least 1", self.max_per_image)
 
 
 def select(boxes: Tensor, scores: Tensor, spec: PostprocessSpec) -> tuple[Tensor, Tensor, Tensor]:

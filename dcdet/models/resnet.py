@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+from dcdet.errors import require
 from dcdet.models.init import init_layers
 from dcdet.ops.deform_conv import deform_conv2d
 
@@ -41,8 +42,11 @@ class DeformSpec:
         for stage in self.blocks:
             if stage not in STAGES:
                 raise ValueError(f"blocks: no stage '{stage}', stages are {', '.join(STAGES)}")
-        if self.groups < 1:
-            raise ValueError(f"groups: must be at least 1, got {self.groups}")
+        require(self.groups >= 1, "groups", "at least 1", self.groups)
+        dilation = self.offset_dilation
+        require(
+            dilation is None or dilation >= 1, "offset_dilation", "at least 1 or null", dilation
+        )
 
 
 class DeformConv2d(nn.Module):
@@ -56,6 +60,8 @@ class DeformConv2d(nn.Module):
         self, in_channels: int, out_channels: int, stride: int, dilation: int, spec: DeformSpec
     ) -> None:
         super().__init__()
+        wanted = f"a divisor of the layer's {in_channels} channels"
+        require(in_channels % spec.groups == 0, "deform.groups", wanted, spec.groups)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
         offset_dilation = spec.offset_dilation or dilation
         self.offset = nn.Conv2d(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcdet import boxes as box_ops
+from dcdet.errors import require
 from dcdet.models.init import init_layers
 from dcdet.models.targets import RoISamples, hardest, roi_targets, smooth_l1
 from dcdet.ops.deform_psroi_pool import deform_psroi_pool
@@ -63,6 +64,16 @@ class RFCNHead(nn.Module):
         ignore_coverage: float | None,
     ) -> None:
         super().__init__()
+        require(channels >= 1, "channels", "at least 1", channels)
+        require(group_size >= 1, "group_size", "at least 1", group_size)
+        require(samples_per_part >= 1, "samples_per_part", "at least 1", samples_per_part)
+        require(0 < foreground_iou <= 1, "foreground_iou", "in (0, 1]", foreground_iou)
+        low, high = background_iou
+        require(0 <= low < high <= foreground_iou, "background_iou",
+                "[low, high] with 0 <= low < high <= foreground_iou", background_iou)  # fmt: skip
+        wanted = "at least 1, or null"
+        require(hard_examples is None or hard_examples >= 1, "hard_examples", wanted, hard_examples)
+        require(len(box_std) == 4 and min(box_std) > 0, "box_std", "4 positive numbers", box_std)
         parts = group_size**2
         self.reduce = nn.Conv2d(in_channels, channels, 1)
         self.score = nn.Conv2d(channels, parts * (1 + num_classes), 1)

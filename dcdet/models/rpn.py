@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcdet import boxes as box_ops
+from dcdet.errors import require
 from dcdet.models.anchors import cell_anchors, grid_anchors
 from dcdet.models.init import init_layers
 from dcdet.models.targets import rpn_targets, smooth_l1, subsample
@@ -30,12 +31,10 @@ class ProposalSpec:
     min_size: float
 
     def __post_init__(self) -> None:
-        if self.pre_nms < 1:
-            raise ValueError(f"pre_nms: must be at least 1, got {self.pre_nms}")
-        if self.post_nms < 1:
-            raise ValueError(f"post_nms: must be at least 1, got {self.post_nms}")
-        if not 0 < self.nms_iou <= 1:
-            raise ValueError(f"nms_iou: must be in (0, 1], got {self.nms_iou}")
+        require(self.pre_nms >= 1, "pre_nms", "at least 1", self.pre_nms)
+        require(self.post_nms >= 1, "post_nms", "at least 1", self.post_nms)
+        require(0 < self.nms_iou <= 1, "nms_iou", "in (0, 1]", self.nms_iou)
+        require(self.min_size >= 0, "min_size", "at least 0", self.min_size)
 
 
 @dataclass(frozen=True)
@@ -86,6 +85,16 @@ class RPNHead(nn.Module):
         test: ProposalSpec,
     ) -> None:
         super().__init__()
+        require(len(in_features) >= 1, "in_features", "at least one map", in_features)
+        require(channels >= 1, "channels", "at least 1", channels)
+        for key, values in (("anchor_scales", anchor_scales), ("anchor_ratios", anchor_ratios)):
+            require(len(values) > 0 and min(values) > 0, key, "positive numbers", values)
+        require(0 < positive_iou <= 1, "positive_iou", "in (0, 1]", positive_iou)
+        require(
+            0 <= negative_iou <= positive_iou, "negative_iou", "in [0, positive_iou]", negative_iou
+        )
+        require(samples >= 1, "samples", "at least 1", samples)
+        require(0 <= positive_fraction <= 1, "positive_fraction", "in [0, 1]", positive_fraction)
         anchors = len(anchor_scales) * len(anchor_ratios)
         self.conv = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.score = nn.Conv2d(channels, 2 * anchors, 1)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dcdet import boxes as box_ops
+from dcdet.errors import require
 from dcdet.models.postprocess import PostprocessSpec, select
 from dcdet.structures import Batch, Detections
 
@@ -42,6 +43,11 @@ class TwoStageDetector(nn.Module):
         postprocess: PostprocessSpec,
     ) -> None:
         super().__init__()
+        require(num_classes >= 1, "num_classes", "at least 1", num_classes)
+        require(len(pixel_mean) == 3, "pixel_mean", "3 numbers", pixel_mean)
+        require(
+            len(pixel_std) == 3 and min(pixel_std) > 0, "pixel_std", "3 positive numbers", pixel_std
+        )
         self.backbone, self.neck = backbone, neck
         self.rpn, self.roi_head = rpn, roi_head
         self.num_classes, self.pixels, self.postprocess = num_classes, pixels, postprocess
