@@ -62,7 +62,7 @@ def test_golden(shared: Path) -> None:
             op_cases.same(trans.grad, arrays["grad_trans"], 1e-4)
 
 
-@settings(max_examples=50)
+@settings(max_examples=150)
 @given(st.data())
 def test_equals_the_reference(data: st.DataObject) -> None:
     """Values and gradients for any RoI and shift, hostile ones included, on both paths."""

@@ -134,6 +134,15 @@ def test_an_epoch_can_start_in_its_middle(tmp_path: Path) -> None:
     assert len(epoch(dataset, start_step=2)) == 3
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loading_draws_nothing_from_the_global_generator(tmp_path: Path, workers: int) -> None:
+    """A run that is resumed in mid-epoch would draw once more than an undisturbed one."""
+    dataset = data_set(tmp_path, [WIDE] * 10, workers=workers)
+    before = torch.get_rng_state()
+    epoch(dataset)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_appended_flips_show_each_image_twice(tmp_path: Path) -> None:
     dataset = data_set(tmp_path, [WIDE] * 10)
     assert len(dataset) == 20

@@ -221,15 +221,19 @@ def test_images_without_objects_train(
 ) -> None:
     from dataclasses import replace
 
-    from dcdet.datasets.shapes import Shapes
+    from dcdet.engine import train as module
 
-    own = Shapes.__init__
+    own = module.build_reader
 
-    def emptied(self: Shapes, *arguments: Any, **named: Any) -> None:
-        own(self, *arguments, **named)
-        self.records = [replace(r, boxes=r.boxes[:0], labels=r.labels[:0]) for r in self.records]
+    def emptied(config: Any, split: str) -> Any:
+        reader = own(config, split)
+        reader.records = [
+            replace(record, boxes=record.boxes[:0], labels=record.labels[:0])
+            for record in reader.records
+        ]
+        return reader
 
-    monkeypatch.setattr(Shapes, "__init__", emptied)
+    monkeypatch.setattr(module, "build_reader", emptied)
     config = load_config(QUICKSTART, [*shapes, "solver.epochs=1", "data.filter_empty=false"])
     assert train(config, tmp_path) == 0
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -359,6 +359,8 @@ def _load(
                     num_workers=workers,
                     timeout=section.timeout if workers else 0,
                     worker_init_fn=_start_worker,
+                    # Its own: the global one must stand the same after a resume in mid-epoch.
+                    generator=torch.Generator().manual_seed(plan[0][0].seed) if plan else None,
                 )
             )
         for batch in loader:

@@ -33,6 +33,7 @@ class RFCNHead(nn.Module):
         in_channels, stride, num_classes: supplied by code.
         in_feature: the map that is read.
         channels: of the first 1x1 convolution.
+        init_std: of new weights; those of offsets start at 0.
         group_size: G.
         deformable: parts are shifted by pooled offsets, for every class its own.
         trans_std: offsets of 1 shift a part by this share of the RoI's size.
@@ -53,6 +54,7 @@ class RFCNHead(nn.Module):
         num_classes: int,
         in_feature: str,
         channels: int,
+        init_std: float,
         group_size: int,
         deformable: bool,
         trans_std: float,
@@ -65,6 +67,7 @@ class RFCNHead(nn.Module):
     ) -> None:
         super().__init__()
         require(channels >= 1, "channels", "at least 1", channels)
+        require(init_std > 0, "init_std", "positive", init_std)
         require(group_size >= 1, "group_size", "at least 1", group_size)
         require(samples_per_part >= 1, "samples_per_part", "at least 1", samples_per_part)
         require(0 < foreground_iou <= 1, "foreground_iou", "in (0, 1]", foreground_iou)
@@ -79,7 +82,7 @@ class RFCNHead(nn.Module):
         self.score = nn.Conv2d(channels, parts * (1 + num_classes), 1)
         # Background's deltas, then the object's; only the latter are used (as in the release).
         self.delta = nn.Conv2d(channels, parts * 8, 1)
-        init_layers(self.reduce, self.score, self.delta, std=0.01)
+        init_layers(self.reduce, self.score, self.delta, std=init_std)
         if deformable:
             self.score_offset = nn.Conv2d(channels, parts * 2 * (1 + num_classes), 1)
             self.delta_offset = nn.Conv2d(channels, parts * 2, 1)

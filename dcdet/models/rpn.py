@@ -54,6 +54,7 @@ class RPNHead(nn.Module):
     Args:
         in_channels, strides: of the maps named by `in_features`; supplied by code.
         channels: of the shared convolution.
+        init_std: of new weights.
         anchor_scales: anchor sizes in units of the stride.
         anchor_ratios: height / width.
         positive_iou, negative_iou: IoU from which an anchor is object, below which background.
@@ -72,6 +73,7 @@ class RPNHead(nn.Module):
         pixels: box_ops.Pixels,
         in_features: list[str],
         channels: int,
+        init_std: float,
         anchor_scales: list[float],
         anchor_ratios: list[float],
         positive_iou: float,
@@ -87,6 +89,7 @@ class RPNHead(nn.Module):
         super().__init__()
         require(len(in_features) >= 1, "in_features", "at least one map", in_features)
         require(channels >= 1, "channels", "at least 1", channels)
+        require(init_std > 0, "init_std", "positive", init_std)
         for key, values in (("anchor_scales", anchor_scales), ("anchor_ratios", anchor_ratios)):
             require(len(values) > 0 and min(values) > 0, key, "positive numbers", values)
         require(0 < positive_iou <= 1, "positive_iou", "in (0, 1]", positive_iou)
@@ -99,7 +102,7 @@ class RPNHead(nn.Module):
         self.conv = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.score = nn.Conv2d(channels, 2 * anchors, 1)
         self.delta = nn.Conv2d(channels, 4 * anchors, 1)
-        init_layers(self.conv, self.score, self.delta, std=0.01)
+        init_layers(self.conv, self.score, self.delta, std=init_std)
         for stride in strides:
             cell = cell_anchors(stride, anchor_scales, anchor_ratios).float()
             self.register_buffer(f"anchors_{stride}", cell, persistent=False)
