@@ -21,7 +21,7 @@ from dcdet.datasets.voc import VOC
 from dcdet.errors import MachineError, UserError
 
 CLASSES = ["crescent", "worm", "ring", "star"]
-SIZE = (160, 224)
+SIZE = (128, 160)
 FINE = 2  # drawn so many times larger, for smooth edges
 VERSION = 2  # of the drawing; a folder of another version is refused
 
@@ -141,11 +141,11 @@ def _voc_xml(file: str, objects: list[dict[str, Any]]) -> str:
 
 
 def draw_image(random: Random) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """One image (160, 224, 3) uint8 RGB and its objects as COCO annotations without ids."""
+    """One image (128, 160, 3) uint8 RGB and its objects as COCO annotations without ids."""
     height, width = SIZE
     canvas = _background(random, height * FINE, width * FINE)
     objects: list[dict[str, Any]] = []
-    for _ in range(int(random.integers(2, 7))):
+    for _ in range(int(random.integers(1, 5))):
         for _ in range(20):
             label = int(random.integers(len(CLASSES)))
             parts = _place(random, _outline(random, label))
@@ -177,14 +177,14 @@ def _outline(random: Random, label: int) -> list[Polygon]:
     if label == 0:  # crescent: one bend, pointed ends
         angle = t * np.radians(random.uniform(60, 110))
         centre = np.stack([np.sin(angle), np.cos(angle)], axis=1)
-        return [_ribbon(centre, random.uniform(0.18, 0.28) * (1 - t**2) ** 0.7 + 0.02)]
+        return [_ribbon(centre, random.uniform(0.24, 0.36) * (1 - t**2) ** 0.7 + 0.02)]
     if label == 1:  # worm: several bends, round ends
         waves, phase = random.uniform(1.2, 2.0), random.uniform(0, 2 * np.pi)
         amplitude = random.uniform(0.22, 0.4)
         centre = np.stack([1.1 * t, amplitude * np.sin(np.pi * waves * t + phase)], axis=1)
-        return [_ribbon(centre, random.uniform(0.10, 0.15) * (1 - t**10) ** 0.5)]
+        return [_ribbon(centre, random.uniform(0.15, 0.21) * (1 - t**10) ** 0.5)]
     if label == 2:  # ring: closed; two halves, because a polygon has no hole
-        half_width = np.full(60, random.uniform(0.12, 0.2))
+        half_width = np.full(60, random.uniform(0.15, 0.24))
         angle = (t + 1) * np.pi / 2
         centre = 0.85 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
         return [_ribbon(centre, half_width), _ribbon(-centre, half_width)]
@@ -205,8 +205,8 @@ def _ribbon(centre: np.ndarray, half_width: np.ndarray) -> Polygon:
 
 def _place(random: Random, parts: list[Polygon]) -> list[Polygon]:
     """Bend, stretch, turn, enlarge and move a form into the image."""
-    bend, stretch = random.uniform(-0.35, 0.35), random.uniform(0.6, 1.0)
-    angle, size = random.uniform(0, 2 * np.pi), random.uniform(20, 44)
+    bend, stretch = random.uniform(-0.35, 0.35), random.uniform(0.7, 1.0)
+    angle, size = random.uniform(0, 2 * np.pi), random.uniform(24, 44)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     centre = random.uniform((0.1, 0.1), (0.9, 0.9)) * np.array([SIZE[1], SIZE[0]])
     placed = []

@@ -63,11 +63,8 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged or hostile files
-        reason = (
-            str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        )
         raise UserError(
-            path, f"not a readable checkpoint: {reason}",
+            path, f"not a readable checkpoint ({type(error).__name__})",
             "damaged, of another kind, or one that would run code; nothing was run",
         ) from error  # fmt: skip
     if not isinstance(state, dict):
