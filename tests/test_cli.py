@@ -147,22 +147,22 @@ def test_help_is_quick() -> None:
         ("depth: 18", "dept: 18", "ResNet has no option 'dept' (did you mean 'depth'?)"),
         ("depth: 18", "depth: '18'", "'depth' must be"),
         ("type: RPNHead", "type: RpnHead", "no rpn is called 'RpnHead' (did you mean 'RPNHead'?)"),
-        ("  lr: 0.04", "  lr: -0.04", "'lr' must be positive"),
-        ("  lr: 0.04", "  lr: .nan", "'.nan' is ambiguous"),
-        ("  epochs: 6\n", "", "'solver' lacks 'epochs'"),
+        (r"  lr: \S+", "  lr: -0.03", "'lr' must be positive"),
+        (r"  lr: \S+", "  lr: .nan", "'.nan' is ambiguous"),
+        (r"  epochs: \d+\n", "", "'solver' lacks 'epochs'"),
         ("flip: random", "flip: yes", "'yes' is ambiguous"),
         ("flip: random", "flip: randon", "did you mean 'random'?"),
         ("seed: 0", "seed: 0\nseed: 1", "key 'seed' is repeated"),
-        ("batch_size: 8", "batch_size: 8\n  batchsize: 8", "did you mean 'batch_size'?"),
+        (r"batch_size: \d+", "batch_size: 8\n  batchsize: 8", "did you mean 'batch_size'?"),
     ],
 )
 def test_ten_slips_in_a_config(
     old: str, new: str, expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = Path(QUICKSTART).read_text()
-    assert text.count(old) == 1
+    text, replaced = re.subn(old, new, Path(QUICKSTART).read_text())
+    assert replaced == 1
     path = tmp_path / "mine.yaml"
-    path.write_text(text.replace(old, new))
+    path.write_text(text)
     assert cli.main(["train", str(path), "--output", str(tmp_path / "out")]) == 2
     line = error_line(capsys)
     assert expected in line
