@@ -175,12 +175,12 @@ def _outline(random: Random, label: int) -> list[Polygon]:
     """A class's form, about 2 units wide, as polygons whose union it is."""
     t = np.linspace(-1, 1, 60)
     if label == 0:  # crescent: one bend, pointed ends
-        angle = t * np.radians(random.uniform(60, 110))
+        angle = t * np.radians(random.uniform(85, 125))
         centre = np.stack([np.sin(angle), np.cos(angle)], axis=1)
         return [_ribbon(centre, random.uniform(0.24, 0.36) * (1 - t**2) ** 0.7 + 0.02)]
     if label == 1:  # worm: several bends, round ends
-        waves, phase = random.uniform(1.2, 2.0), random.uniform(0, 2 * np.pi)
-        amplitude = random.uniform(0.22, 0.4)
+        waves, phase = random.uniform(1.7, 2.4), random.uniform(0, 2 * np.pi)
+        amplitude = random.uniform(0.3, 0.42)
         centre = np.stack([1.1 * t, amplitude * np.sin(np.pi * waves * t + phase)], axis=1)
         return [_ribbon(centre, random.uniform(0.15, 0.21) * (1 - t**10) ** 0.5)]
     if label == 2:  # ring: closed; two halves, because a polygon has no hole
