@@ -149,7 +149,7 @@ def test_help_is_quick() -> None:
         ("type: RPNHead", "type: RpnHead", "no rpn is called 'RpnHead' (did you mean 'RPNHead'?)"),
         (r"  lr: \S+", "  lr: -0.03", "'lr' must be positive"),
         (r"  lr: \S+", "  lr: .nan", "'.nan' is ambiguous"),
-        (r"  epochs: \d+\n", "", "'solver' lacks 'epochs'"),
+        (r"  epochs: \S+\n", "", "'solver' lacks 'epochs'"),
         ("flip: random", "flip: yes", "'yes' is ambiguous"),
         ("flip: random", "flip: randon", "did you mean 'random'?"),
         ("seed: 0", "seed: 0\nseed: 1", "key 'seed' is repeated"),

@@ -1,5 +1,6 @@
 """What a run needs around the loop: device, processes, signals, the output folder."""
 
+import ctypes
 import fcntl
 import json
 import logging
@@ -77,6 +78,8 @@ def processes(device_name: str | None) -> Iterator[Runtime]:
     device = pick_device(device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if world > 1:
         timeout = timedelta(seconds=float(os.environ.get("DCDET_TIMEOUT", 600)))
@@ -95,6 +98,18 @@ def processes(device_name: str | None) -> Iterator[Runtime]:
     finally:
         if world > 1:
             dist.destroy_process_group()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors for the next ones, instead of giving it back.
+
+    The kernel clears every page it hands out: asking it anew in each step took up to two fifths of
+    a training step on a CPU. Without glibc nothing happens.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD; it takes no larger value
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def autocast(device: torch.device, precision: Precision) -> torch.autocast:
