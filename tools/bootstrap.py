@@ -112,7 +112,7 @@ def demo(_: "list[str]") -> int:
 
 
 def multiplies_bf16() -> bool:
-    """Whether the CPU has instructions for bf16 matrices: others are slower in bf16 than in fp32."""
+    """Whether the CPU has instructions for bf16 matrices; without them bf16 is the slower."""
     try:
         return "amx_bf16" in Path("/proc/cpuinfo").read_text()
     except OSError:
