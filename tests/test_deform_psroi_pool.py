@@ -184,6 +184,29 @@ def test_runs_change_nothing(monkeypatch: pytest.MonkeyPatch, classes: int) -> N
             op_cases.same(one, other, 1e-11)
 
 
+@pytest.mark.parametrize("classes", [0, 1, 3])
+def test_rois_without_a_gradient(classes: int) -> None:
+    """They add nothing and get nothing, as if the others had come alone; a NaN is a gradient."""
+    input, rois = random(3, 3 * 4, 6, 7), boxes(9, images=3, extent=50).double()
+    trans = random(9, 2 * classes, 3, 3, seed=4) if classes else None
+    grad = random(9, 3, 3, 3, seed=5)
+    grad[[0, 3, 4, 8]] = 0
+    live = [1, 2, 5, 6, 7]
+
+    def gradients(chosen: list[int], grad: Tensor) -> list[Tensor]:
+        leaves = [op_cases.leaf(input), op_cases.leaf(None if trans is None else trans[chosen])]
+        output = deform_psroi_pool(leaves[0], rois[chosen], leaves[1], 0.12, 3, 2, 3, 3, 2, 0.1)
+        return op_cases.gradients(output, grad, leaves)
+
+    everything, alone = gradients(list(range(9)), grad), gradients(live, grad[live])
+    op_cases.same(everything[0], alone[0], 1e-12)
+    if classes:
+        op_cases.same(everything[1][live], alone[1], 1e-12)
+        assert not everything[1][[0, 3, 4, 8]].any()
+    grad[0, 0, 0, 0] = torch.nan
+    assert gradients(list(range(9)), grad)[0].isnan().any()
+
+
 @pytest.mark.parametrize("classes", [0, 1, 5])
 def test_work_is_bounded(classes: int) -> None:
     """A RoI of a million pixels takes no longer than any other."""

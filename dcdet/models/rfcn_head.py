@@ -111,13 +111,13 @@ class RFCNHead(nn.Module):
         hidden = F.relu(self.reduce(features[self.in_feature]))
         # The pooling ops count pixels inclusively.
         rois = rois - rois.new_tensor([0.0, 0.0, 0.0, 1.0, 1.0])
+        scores, deltas = self.score(hidden), self.delta(hidden).chunk(2, dim=1)[1]
         if self.deformable:
-            logits = self._pool_deformed(self.score(hidden), self.score_offset(hidden), rois)
-            deltas = self._pool_deformed(self.delta(hidden), self.delta_offset(hidden), rois)
+            logits = self._pool_deformed(scores, self.score_offset(hidden), rois)
+            deltas = self._pool_deformed(deltas, self.delta_offset(hidden), rois)
         else:
-            logits = self._pool(self.score(hidden), rois)
-            deltas = self._pool(self.delta(hidden), rois)
-        return RoIOutput(logits.float(), deltas[:, 4:].float())
+            logits, deltas = self._pool(scores, rois), self._pool(deltas, rois)
+        return RoIOutput(logits.float(), deltas.float())
 
     def losses(
         self, raw: RoIOutput, samples: RoISamples, images: int

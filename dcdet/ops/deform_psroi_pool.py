@@ -336,12 +336,19 @@ def _deform_psroi_pool_backward(
     scale: float,
     std: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of input and trans (empty without trans)."""
-    pooling = _Pooling(input, rois, trans, grid, scale, std)
+    """Gradients of input and trans (empty without trans).
+
+    RoIs without a gradient are passed over: hard-example mining leaves most of them so.
+    """
+    live = grad.flatten(1).ne(0).any(1).nonzero()[:, 0]
+    live_trans = None if trans is None else trans[live]
+    pooling = _Pooling(input, rois[live], live_trans, grid, scale, std)
     backward = _rows_backward if pooling.blocks == 1 else _planes_backward
-    grad_table, grad_first = backward(pooling, grad)
-    no_trans = grad.new_empty(0)
-    grad_trans = no_trans if trans is None else pooling.grad_trans(grad_first, trans, std)
+    grad_table, grad_first = backward(pooling, grad[live])
+    if trans is None or live_trans is None:
+        return pooling.grad_input(grad_table), grad.new_empty(0)
+    grad_trans = grad.new_zeros(trans.shape)
+    grad_trans[live] = pooling.grad_trans(grad_first, live_trans, std)
     return pooling.grad_input(grad_table), grad_trans
 
 
