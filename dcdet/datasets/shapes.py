@@ -23,7 +23,7 @@ from dcdet.errors import MachineError, UserError
 CLASSES = ["crescent", "worm", "ring", "star"]
 SIZE = (128, 160)
 FINE = 2  # drawn so many times larger, for smooth edges
-VERSION = 2  # of the drawing; a folder of another version is refused
+VERSION = 3  # of the drawing; a folder of another version is refused
 
 Random = np.random.Generator
 Polygon = np.ndarray  # (P, 2) float64, x and y
@@ -145,9 +145,9 @@ def draw_image(random: Random) -> tuple[np.ndarray, list[dict[str, Any]]]:
     height, width = SIZE
     canvas = _background(random, height * FINE, width * FINE)
     objects: list[dict[str, Any]] = []
-    for _ in range(int(random.integers(1, 5))):
-        for _ in range(20):
-            label = int(random.integers(len(CLASSES)))
+    for _ in range(int(random.integers(2, 5))):
+        label = int(random.integers(len(CLASSES)))
+        for _ in range(40):
             parts = _place(random, _outline(random, label))
             points = np.concatenate(parts)
             low, high = np.floor(points.min(axis=0)), np.ceil(points.max(axis=0))
@@ -206,7 +206,7 @@ def _ribbon(centre: np.ndarray, half_width: np.ndarray) -> Polygon:
 def _place(random: Random, parts: list[Polygon]) -> list[Polygon]:
     """Bend, stretch, turn, enlarge and move a form into the image."""
     bend, stretch = random.uniform(-0.35, 0.35), random.uniform(0.7, 1.0)
-    angle, size = random.uniform(0, 2 * np.pi), random.uniform(24, 44)
+    angle, size = random.uniform(0, 2 * np.pi), random.uniform(24, 40)
     turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     centre = random.uniform((0.1, 0.1), (0.9, 0.9)) * np.array([SIZE[1], SIZE[0]])
     placed = []
