@@ -1,6 +1,7 @@
 """What every test file shares."""
 
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -10,6 +11,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 torch.set_num_threads(2)
+# A shell's background job has it ignored, and so would the children that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Timings vary on shared machines, so there is no deadline; CI repeats the same examples.
 hypothesis.settings.register_profile(
     "dcdet", deadline=None, derandomize="CI" in os.environ, print_blob=True
