@@ -73,7 +73,11 @@ def _try_torch(write: Callable[[str], None]) -> bool:
         write(f"torch and torchvision do not fit together ({reason}); install both at once:")
         write("    python -m pip install --upgrade --force-reinstall torch torchvision")
         return False
-    write("dcdet's kernels: none compiled, the operators run on torch and torchvision")
+    from dcdet.ops import compiled
+
+    write(compiled.describe())
+    if compiled.missing:
+        write(f"    with a C++ compiler: {compiled.REBUILD}")
     if not torch.cuda.is_available():
         built = torch.version.cuda
         write(f"no GPU in use (torch is built for {'CUDA ' + built if built else 'CPUs only'})")

@@ -1,7 +1,8 @@
 """What the tests of the ops share: golden cases, numbers that break things, comparison."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+
+from dcdet.ops import compiled
 
 HOSTILE = [torch.nan, torch.inf, -torch.inf, 1e30, -1e30, 2.0**31, -(2.0**31), 1e9, 3e38, -3e38]
 
@@ -68,6 +71,17 @@ def laid_out(value: Tensor, layout: str) -> Tensor:
 def same(one: Tensor, other: Tensor, tolerance: float) -> None:
     """Equal within the tolerance, NaN where the other is NaN."""
     torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@contextlib.contextmanager
+def way(name: str) -> Iterator[None]:
+    """Run the ops on the "compiled" kernels or on "torch"; skips where there are no kernels."""
+    if name == "compiled" and compiled.missing:
+        pytest.skip(f"kernels: {compiled.missing}")
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "torch":
+            patch.setattr(compiled, "missing", "switched off by a test")
+        yield
 
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -25,6 +25,8 @@ case "$*" in
     echo called >> "$here/../../calls"
     if [ -e "$here/../../sleep" ]; then echo $$ > "$here/../../pid"; exec sleep 3; fi
     if [ -e "$here/../../fail" ]; then cat "$here/../../fail"; exit 1; fi ;;
+  *build_ext*)
+    if [ -e "$here/../../compiler" ]; then echo new > "$here/../../dcdet/_C.abi3.so"; fi ;;
 esac
 """
 
@@ -32,11 +34,12 @@ esac
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     root = tmp_path / "checkout"
-    (root / "tools").mkdir(parents=True)
+    for folder in ("tools", "csrc", "dcdet"):
+        (root / folder).mkdir(parents=True)
     small = SOURCE.read_text().replace("DOWNLOAD_GB = (6, 3)", "DOWNLOAD_GB = (0, 0)")
     assert small != SOURCE.read_text()
     (root / "tools" / "bootstrap.py").write_text(small)
-    for name in ("pyproject.toml", "setup.py"):
+    for name in ("pyproject.toml", "setup.py", "csrc/bindings.cpp"):
         (root / name).write_text("original")
     python = root / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
@@ -67,7 +70,9 @@ def test_set_up_happens_once(checkout: Path) -> None:
     assert calls(checkout) == 1
 
 
-@pytest.mark.parametrize("change", ["pyproject.toml", "setup.py", "moved", "python", "stamp"])
+@pytest.mark.parametrize(
+    "change", ["pyproject.toml", "setup.py", "csrc/bindings.cpp", "moved", "python", "stamp"]
+)
 def test_what_makes_it_happen_again(checkout: Path, change: str) -> None:
     assert install(checkout).returncode == 0
     if change == "moved":
@@ -85,6 +90,21 @@ def test_what_makes_it_happen_again(checkout: Path, change: str) -> None:
         (checkout / change).write_text("changed")
     assert install(checkout).returncode == 0
     assert calls(checkout) == 2
+
+
+def test_kernels_are_compiled_where_a_compiler_is(checkout: Path) -> None:
+    library = checkout / "dcdet" / "_C.abi3.so"
+    library.write_text("of other sources")
+    done = install(checkout)
+    assert done.returncode == 0
+    assert done.stdout.count("warning: kernels not compiled") == 1
+    assert not library.exists()
+    (checkout / "compiler").touch()
+    (checkout / "csrc" / "bindings.cpp").write_text("changed")
+    done = install(checkout)
+    assert "kernels compiled" in done.stdout
+    assert "warning" not in done.stdout
+    assert library.read_text() == "new\n"
 
 
 def test_a_killed_set_up_is_mended(checkout: Path) -> None:
@@ -227,9 +247,10 @@ def test_a_damaged_environment_is_made_anew(
     reasons = iter(["ImportError: torch", ""])
     monkeypatch.setattr(bootstrap, "create", lambda: done.append("create"))
     monkeypatch.setattr(bootstrap, "pip", lambda handle: done.append("pip"))
+    monkeypatch.setattr(bootstrap, "kernels", lambda: done.append("kernels"))
     monkeypatch.setattr(bootstrap, "problem", lambda code: next(reasons) if "torch" in code else "")
     bootstrap.set_up()
-    assert done == ["pip", "create", "pip"]
+    assert done == ["pip", "create", "pip", "kernels"]
     assert "damaged (ImportError: torch)" in capsys.readouterr().out
     bootstrap.STAMP.unlink()
     monkeypatch.setattr(bootstrap, "problem", lambda code: "ImportError: torch")

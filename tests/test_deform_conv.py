@@ -1,4 +1,5 @@
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ from dcdet.ops import deform_conv2d, reference
 
 module = importlib.import_module("dcdet.ops.deform_conv")
 Pair = tuple[int, int]
+
+
+@pytest.fixture(scope="module", params=["compiled", "torch"], autouse=True)
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test runs on the compiled kernels and on torch."""
+    with op_cases.way(request.param):
+        yield request.param
 
 
 def case(

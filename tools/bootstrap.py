@@ -169,6 +169,7 @@ def set_up() -> None:
             if attempt == 2:
                 raise SetUpError(f"{VENV} does not work: {reason} (see {LOG})")
             say(f"{VENV.name} is damaged ({reason}), making it anew")
+        kernels()
         STAMP.write_text(wanted)
         say("set up")
 
@@ -183,8 +184,9 @@ def is_complete(wanted: str) -> bool:
 
 def fingerprint() -> str:
     """What a set-up depends on. The editable install points to ROOT, so a moved one is another."""
-    files = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "setup.py")]
-    digests = [hashlib.sha256(content).hexdigest() for content in files]
+    sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
+    files = [ROOT / "pyproject.toml", ROOT / "setup.py", *sources]
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     return json.dumps({"root": str(ROOT), "files": digests})
 
 
@@ -284,6 +286,26 @@ def pip(handle: "int | None") -> None:
             raise
     if code:
         raise SetUpError(why_pip_failed(LOG.read_text(errors="replace")))
+
+
+def kernels() -> None:
+    """Compile csrc/ where there is a compiler; dcdet works without."""
+    library = ROOT / "dcdet" / "_C.abi3.so"
+    with contextlib.suppress(FileNotFoundError):
+        library.unlink()
+    command = [str(PYTHON), "setup.py", "--quiet", "build_ext", "--inplace", "--build-temp",
+               str(VENV / "build")]  # fmt: skip
+    made = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        cwd=str(ROOT), env=environment(), check=False,
+    )  # fmt: skip
+    with open(str(LOG), "ab") as log:
+        log.write(made.stdout)
+    if library.exists():
+        say("kernels compiled")
+    else:
+        say(f"warning: kernels not compiled (no C++ compiler? see {LOG}): the operators run on "
+            "torch, slower")  # fmt: skip
 
 
 def why_pip_failed(text: str) -> str:

@@ -1,7 +1,8 @@
 """Deformable convolution, position-sensitive RoI pooling and non-maximum suppression.
 
-Each op checks its arguments, then runs on torch alone, on CPU and CUDA; slow twins for tests stand
-in reference.py. The pooling ops take RoIs in the 2017 release's inclusive pixels (rois.py).
+Each op checks its arguments, then runs on a compiled kernel (compiled.py) or, where there is none,
+on torch; slow twins for tests stand in reference.py. The pooling ops take RoIs in the 2017
+release's inclusive pixels (rois.py).
 """
 
 from dcdet.ops.deform_conv import deform_conv2d

@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dcdet.ops import checks
+from dcdet.ops import checks, compiled
 from dcdet.ops.rows import gather_rows, index_dtype, row_dots, scatter_rows
 
 Border = Literal["zero", "original"]
@@ -254,6 +254,9 @@ def _deform_conv2d(
     dilation: list[int],
     original: bool,
 ) -> Tensor:
+    if compiled.covers(input):
+        geometry = (stride, padding, dilation, original)
+        return compiled.kernels.deform_conv2d(input, offset, weight, bias, mask, *geometry)
     sampler = _Sampler(input, offset, weight, mask, original)
     matrix = _split_weight(weight, sampler.groups).transpose(1, 2)
     output = input.new_empty(sampler.batch, sampler.out_h, sampler.out_w, weight.shape[0])
@@ -285,6 +288,9 @@ def _deform_conv2d_backward(
     The columns are sampled anew: that takes a tenth of the time of the products around it, and no
     memory outlives a run.
     """
+    if compiled.covers(input):
+        geometry = (stride, padding, dilation, original)
+        return compiled.kernels.deform_conv2d_backward(grad, input, offset, weight, mask, *geometry)
     sampler = _Sampler(input, offset, weight, mask, original)
     matrix = _split_weight(weight, sampler.groups)
     grad = grad.permute(0, 2, 3, 1).reshape(sampler.pixels, *matrix.shape[:2]).transpose(0, 1)

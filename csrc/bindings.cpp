@@ -1,0 +1,30 @@
+// Every operator's schema.
+//
+// The public operators, their checks, fake kernels and gradients are Python (dcdet/ops): they call
+// these with arguments that have passed.
+#include <torch/csrc/stable/library.h>
+
+namespace {
+
+// dcdet/ops/compiled.py asks for it: a library of another checkout is not used.
+constexpr int64_t VERSION = 1;
+
+int64_t version() { return VERSION; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(dcdet_C, m) {
+  m.def("version() -> int");
+  m.def("vector_bytes() -> int");
+  m.def(
+      "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, "
+      "int[] stride, int[] padding, int[] dilation, bool original) -> Tensor");
+  m.def(
+      "deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset, Tensor weight, "
+      "Tensor? mask, int[] stride, int[] padding, int[] dilation, bool original) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dcdet_C, CompositeExplicitAutograd, m) {
+  m.impl("version", TORCH_BOX(&version));
+}

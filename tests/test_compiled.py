@@ -1,0 +1,129 @@
+"""The compiled kernels: against the torch way, on every instruction set, with any thread count."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import op_cases
+import pytest
+import torch
+from conftest import ROOT
+from torch import Tensor
+
+from dcdet.ops import compiled
+from dcdet.ops.deform_conv import _deform_conv2d, _deform_conv2d_backward
+
+needs_kernels = pytest.mark.skipif(bool(compiled.missing), reason=f"kernels: {compiled.missing}")
+
+# (batch, C, O, height, width, groups, offset groups, stride, dilation): whole vectors and not, one
+# band of pixels and several, slices cut by groups.
+SHAPES = [
+    (2, 64, 64, 13, 17, 1, 1, 1, 1),
+    (1, 130, 70, 9, 8, 1, 1, 1, 2),
+    (2, 48, 40, 10, 9, 2, 4, 2, 2),
+    (1, 600, 17, 6, 7, 1, 1, 1, 1),
+    (3, 3, 5, 7, 7, 1, 3, 1, 1),
+    (1, 8, 6, 90, 80, 1, 2, 1, 1),
+    (1, 512, 64, 30, 31, 1, 4, 1, 1),
+]
+
+
+def results(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """Output and gradients of random numbers; odd heights have mask, bias and the old border."""
+    batch, channels, outputs, height, width, groups, offset_groups, stride, dilation = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+
+    odd = height % 2 == 1
+    out = ((height - 1) // stride + 1, (width - 1) // stride + 1)
+    x, weight = random(batch, channels, height, width), random(outputs, channels // groups, 3, 3)
+    offset = random(batch, 18 * offset_groups, *out) * 3
+    mask, bias = (random(batch, 9 * offset_groups, *out), random(outputs)) if odd else (None, None)
+    geometry = ([stride] * 2, [dilation] * 2, [dilation] * 2, odd)
+    y = _deform_conv2d(x, offset, weight, bias, mask, *geometry)
+    grads = _deform_conv2d_backward(random(*y.shape), x, offset, weight, mask, *geometry)
+    return [y, *grads]
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_equals_the_torch_way(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+    with op_cases.way("torch"):
+        expected = results(shape, dtype)
+    for one, other in zip(results(shape, dtype), expected, strict=True):
+        assert one.shape == other.shape
+        scale = other.abs().max() if other.numel() else 1
+        op_cases.same(one / scale, other / scale, tolerance)
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_number_of_threads_changes_no_bit(shape: tuple[int, ...]) -> None:
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(results(shape, torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for one, same in zip(found[0], other, strict=True):
+            assert torch.equal(one, same)
+
+
+@needs_kernels
+@pytest.mark.parametrize("size", [16, 32])
+def test_lesser_instruction_sets(size: int) -> None:
+    """The same tests where a CPU has no AVX512, or nothing beyond the baseline."""
+    if size > compiled.kernels.vector_bytes():
+        pytest.skip("this CPU has no such vectors")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k",
+         "test_equals_the_torch_way or test_vectors_in_use"],
+        env={**os.environ, "DCDET_VECTOR_BYTES": str(size)}, cwd=ROOT, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@needs_kernels
+def test_vectors_in_use() -> None:
+    wanted = os.environ.get("DCDET_VECTOR_BYTES")
+    assert compiled.kernels.vector_bytes() in ([int(wanted)] if wanted else [16, 32, 64])
+    assert "in use" in compiled.describe()
+
+
+def imported(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import dcdet.ops.compiled as c; {code}"],
+        env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout + done.stderr
+
+
+def test_switched_off() -> None:
+    said = imported("print(c.describe())", DCDET_KERNELS="0")
+    assert said == (
+        "kernels: none, the operators run on torch, slower (switched off by DCDET_KERNELS=0)\n"
+    )
+
+
+def test_a_library_that_does_not_load_is_one_warning(tmp_path: Path) -> None:
+    broken = tmp_path / "_C.abi3.so"
+    broken.write_bytes(b"\x7fELF of something else")
+    said = imported(f"from pathlib import Path; print(bool(c._load(Path({str(broken)!r}))))")
+    assert said.startswith("True\n")
+    assert said.count("\n") == 2
+    assert "rebuild in the checkout: python -m pip install" in said
+
+
+@needs_kernels
+def test_a_library_of_another_version_is_one_warning() -> None:
+    said = imported("c.VERSION += 1; print(c._load(c.LIBRARY))")
+    assert "version 1 of the kernels, 2 is needed\n" in said
+    assert said.count("rebuild") == 1
