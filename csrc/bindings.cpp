@@ -23,6 +23,16 @@ STABLE_TORCH_LIBRARY(dcdet_C, m) {
       "deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset, Tensor weight, "
       "Tensor? mask, int[] stride, int[] padding, int[] dilation, bool original) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("psroi_pool(Tensor input, Tensor images, Tensor edges, int group_size) -> Tensor");
+  m.def(
+      "psroi_pool_backward(Tensor grad, Tensor images, Tensor edges, int[] size, int group_size) "
+      "-> Tensor");
+  m.def(
+      "deform_psroi_pool(Tensor input, Tensor images, Tensor first, Tensor step, int group_size, "
+      "int samples) -> Tensor");
+  m.def(
+      "deform_psroi_pool_backward(Tensor grad, Tensor input, Tensor images, Tensor first, "
+      "Tensor step, int group_size, int samples) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dcdet_C, CompositeExplicitAutograd, m) {

@@ -2,9 +2,11 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
+import op_cases
 import pytest
 import torch
 
@@ -27,3 +29,10 @@ def shared() -> Path:
     if not (folder / "golden").is_dir():
         pytest.skip(f"no golden values at {folder} (set DCDET_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="module", params=["compiled", "torch"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The tests of an op's file run on the compiled kernels and on torch."""
+    with op_cases.way(request.param):
+        yield request.param

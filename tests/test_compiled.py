@@ -1,4 +1,4 @@
-"""The compiled kernels: against the torch way, on every instruction set, with any thread count."""
+"""The compiled kernels against the torch way, with any instruction set and number of threads."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 from torch import Tensor
 
-from dcdet.ops import compiled
+from dcdet.ops import compiled, deform_psroi_pool, psroi_pool
 from dcdet.ops.deform_conv import _deform_conv2d, _deform_conv2d_backward
 
 needs_kernels = pytest.mark.skipif(bool(compiled.missing), reason=f"kernels: {compiled.missing}")
@@ -96,6 +96,46 @@ def test_vectors_in_use() -> None:
     wanted = os.environ.get("DCDET_VECTOR_BYTES")
     assert compiled.kernels.vector_bytes() in ([int(wanted)] if wanted else [16, 32, 64])
     assert "in use" in compiled.describe()
+
+
+def pooled(classes: int | None, layout: torch.memory_format) -> list[Tensor]:
+    """Outputs and gradients of the pooling ops; classes None is the plain one."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6 * 9, 20, 30, generator=generator).contiguous(memory_format=layout)
+    low = torch.rand(40, 2, generator=generator) * 400 - 40
+    high = low + torch.rand(40, 2, generator=generator) * 300
+    rois = torch.cat([torch.arange(40)[:, None] % 2, low, high], 1)
+    leaves = [x.requires_grad_()]
+    if classes is None:
+        y = psroi_pool(x, rois, 1 / 16, 6, 3, 5)
+    else:
+        if classes:
+            trans = torch.randn(40, 2 * classes, 3, 3, generator=generator)
+            leaves.append(trans.requires_grad_())
+        y = deform_psroi_pool(x, rois, leaves[1] if classes else None, 1 / 16, 6, 3, 5, 3, 4, 0.1)
+    grad = torch.randn(y.shape, generator=generator)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("classes", [None, 0, 1, 3])
+def test_pooling_equals_the_torch_way(classes: int | None, layout: torch.memory_format) -> None:
+    with op_cases.way("torch"):
+        expected = pooled(classes, layout)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found = pooled(classes, layout)
+            for one, other in zip(found, expected, strict=True):
+                op_cases.same(one, other, 1e-4)
+            if threads == 1:
+                first = found
+        for one, other in zip(found, first, strict=True):
+            assert torch.equal(one, other)
+    finally:
+        torch.set_num_threads(before)
 
 
 def imported(code: str, **environment: str) -> str:

@@ -1,5 +1,4 @@
 import importlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,7 @@ from dcdet.ops import deform_conv2d, reference
 
 module = importlib.import_module("dcdet.ops.deform_conv")
 Pair = tuple[int, int]
-
-
-@pytest.fixture(scope="module", params=["compiled", "torch"], autouse=True)
-def way(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every test runs on the compiled kernels and on torch."""
-    with op_cases.way(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("way")
 
 
 def case(

@@ -14,6 +14,7 @@ from torch import Tensor
 from dcdet.ops import deform_psroi_pool, psroi_pool, reference
 
 module = importlib.import_module("dcdet.ops.deform_psroi_pool")
+pytestmark = pytest.mark.usefixtures("way")
 
 
 def run(op: Any, input: Tensor, rois: Tensor, trans: Tensor | None, *geometry: Any) -> list[Tensor]:

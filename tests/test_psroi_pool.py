@@ -13,6 +13,7 @@ from torch import Tensor
 from dcdet.ops import psroi_pool, reference
 
 module = importlib.import_module("dcdet.ops.psroi_pool")
+pytestmark = pytest.mark.usefixtures("way")
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -1,9 +1,8 @@
 // Deformable convolution on a CPU: tensors in, kernels of the best instruction set, tensors out.
 #include "deform_conv.h"
+#include "tensors.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -48,8 +47,6 @@ namespace baseline {
 }  // namespace baseline
 
 namespace {
-
-using torch::stable::Tensor;
 
 // Bytes of the vector registers in use: 64 (AVX512), 32 (AVX2), else 16.
 int64_t vector_bytes() {
@@ -189,43 +186,6 @@ ConvShape shape_of(const Tensor& input, const Tensor& offset, const Tensor& weig
   return s;
 }
 
-constexpr auto NHWC = torch::headeronly::MemoryFormat::ChannelsLast;
-constexpr auto NCHW = torch::headeronly::MemoryFormat::Contiguous;
-using torch::headeronly::MemoryFormat;
-using torch::headeronly::ScalarType;
-using torch::stable::contiguous;
-
-Tensor empty_like(const Tensor& like, const std::vector<int64_t>& size, MemoryFormat format) {
-  return torch::stable::empty(size, like.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
-                              format);
-}
-
-std::vector<int64_t> size_of(const Tensor& tensor) {
-  const auto sizes = tensor.sizes();
-  return {sizes.begin(), sizes.end()};
-}
-
-// An optional argument, contiguous; no tensors where it is absent.
-std::vector<Tensor> present(const std::optional<Tensor>& tensor) {
-  if (!tensor) return {};
-  return {contiguous(*tensor)};
-}
-
-template <typename T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <typename T>
-const T* data(const std::vector<Tensor>& tensor) {
-  return tensor.empty() ? nullptr : data<T>(tensor[0]);
-}
-
-template <typename T>
-T* place(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
 Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& weight,
                      const std::optional<Tensor>& bias, const std::optional<Tensor>& mask,
                      std::vector<int64_t> stride, std::vector<int64_t> padding,
@@ -236,12 +196,11 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& we
   const std::vector<Tensor> factors = present(mask), constants = present(bias);
   const Tensor output =
       empty_like(input, {s.batch, s.out_channels, s.out_height, s.out_width}, NHWC);
-  const auto run = [&](auto number) {
+  by_dtype(input, [&](auto number) {
     using T = decltype(number);
     run_forward<T>({s, data<T>(maps), data<T>(shifts), data<T>(factors), data<T>(matrix),
                     data<T>(constants), place<T>(output)});
-  };
-  input.scalar_type() == ScalarType::Double ? run(double()) : run(float());
+  });
   return output;
 }
 
@@ -253,20 +212,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
   const Tensor grads = contiguous(grad, NHWC), maps = contiguous(input, NHWC);
   const Tensor matrix = contiguous(weight, NHWC), shifts = contiguous(offset);
   const std::vector<Tensor> factors = present(mask);
-  Tensor grad_input = empty_like(input, size_of(input), NHWC);
-  Tensor grad_weight = empty_like(input, size_of(weight), NHWC);
-  const Tensor grad_offset = empty_like(input, size_of(offset), NCHW);
-  const Tensor grad_mask =
-      empty_like(input, mask ? size_of(*mask) : std::vector<int64_t>{0}, NCHW);
-  torch::stable::zero_(grad_input);
-  torch::stable::zero_(grad_weight);
-  const auto run = [&](auto number) {
+  const Tensor grad_input = zeros_like(input, size_of(input), NHWC);
+  const Tensor grad_weight = zeros_like(input, size_of(weight), NHWC);
+  const Tensor grad_offset = empty_like(input, size_of(offset));
+  const Tensor grad_mask = empty_like(input, mask ? size_of(*mask) : std::vector<int64_t>{0});
+  by_dtype(input, [&](auto number) {
     using T = decltype(number);
     run_backward<T>({s, data<T>(grads), data<T>(maps), data<T>(shifts), data<T>(factors),
                      data<T>(matrix), place<T>(grad_input), place<T>(grad_offset),
                      mask ? place<T>(grad_mask) : nullptr, place<T>(grad_weight)});
-  };
-  input.scalar_type() == ScalarType::Double ? run(double()) : run(float());
+  });
   return {grad_input, grad_offset, grad_weight, grad_mask};
 }
 

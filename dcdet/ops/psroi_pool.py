@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dcdet.ops import checks
+from dcdet.ops import checks, compiled
 from dcdet.ops.rois import (
     check_rois,
     groups_of_bins,
@@ -71,7 +71,7 @@ class _Bins:
         self.height, self.width = shape[2:]
         self.pooled = pooled_size
         self.broken = rois.isnan().any(1)
-        images = image_indices("psroi_pool", rois, shape[0])
+        self.images = images = image_indices("psroi_pool", rois, shape[0])
         bins = torch.arange(pooled_size, device=rois.device, dtype=rois.dtype)
         start, end = (edge[..., None] for edge in spans(rois, scale))
         bin_size = (end - start).clamp(min=0.1) / pooled_size
@@ -81,6 +81,7 @@ class _Bins:
         real = last > first  # false where they are NaN
         top, left = torch.where(real, first, 0).long()
         rows, columns = torch.where(real, last - first, 0).long()
+        self.edges = torch.stack([top, top + rows, left, left + columns])
         self.areas = rows[:, :, None] * columns[:, None]
         self.columns = columns[:, None].expand_as(self.areas)
         group = groups_of_bins(group_size, pooled_size, rois.device)
@@ -113,6 +114,10 @@ def _psroi_pool(
     pooled_size: int,
 ) -> Tensor:
     bins = _Bins(input.shape, rois, spatial_scale, group_size, pooled_size)
+    if compiled.covers(input):
+        pooled = compiled.kernels.psroi_pool(input, bins.images, bins.edges, group_size)
+        pooled[bins.broken] = torch.nan
+        return pooled
     table = table_of_groups(input, 1, group_size)
     output = input.new_zeros(bins.areas.numel(), output_dim)
     for run in bins.runs():
@@ -135,6 +140,9 @@ def _psroi_pool_backward(
 ) -> Tensor:
     shape = torch.Size(input_shape)
     bins = _Bins(shape, rois, spatial_scale, group_size, pooled_size)
+    if compiled.covers(grad):
+        geometry = (bins.images, bins.edges, input_shape, group_size)
+        return compiled.kernels.psroi_pool_backward(grad, *geometry)
     shares = grad.permute(0, 2, 3, 1) / bins.areas.clamp(min=1)[..., None]
     shares = shares.reshape(-1, grad.shape[1])
     grad_input = grad.new_zeros(shape)

@@ -1,0 +1,65 @@
+// Tensors of the stable ABI, as the kernels want them.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace dcdet {
+
+constexpr auto NHWC = torch::headeronly::MemoryFormat::ChannelsLast;
+constexpr auto NCHW = torch::headeronly::MemoryFormat::Contiguous;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::contiguous;
+using torch::stable::Tensor;
+
+inline Tensor empty_like(const Tensor& like, const std::vector<int64_t>& size,
+                         MemoryFormat format = NCHW) {
+  return torch::stable::empty(size, like.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
+                              format);
+}
+
+inline Tensor zeros_like(const Tensor& like, const std::vector<int64_t>& size,
+                         MemoryFormat format = NCHW) {
+  Tensor tensor = empty_like(like, size, format);
+  torch::stable::zero_(tensor);
+  return tensor;
+}
+
+inline std::vector<int64_t> size_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return {sizes.begin(), sizes.end()};
+}
+
+// An optional argument, contiguous; no tensors where it is absent.
+inline std::vector<Tensor> present(const std::optional<Tensor>& tensor) {
+  if (!tensor) return {};
+  return {contiguous(*tensor)};
+}
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <typename T>
+const T* data(const std::vector<Tensor>& tensor) {
+  return tensor.empty() ? nullptr : data<T>(tensor[0]);
+}
+
+template <typename T>
+T* place(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Call `function` with a zero of the tensor's dtype, float or double.
+template <typename F>
+void by_dtype(const Tensor& tensor, const F& function) {
+  tensor.scalar_type() == ScalarType::Double ? function(double()) : function(float());
+}
+
+}  // namespace dcdet
