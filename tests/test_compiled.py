@@ -141,7 +141,8 @@ def test_pooling_equals_the_torch_way(classes: int | None, layout: torch.memory_
 def imported(code: str, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", f"import dcdet.ops.compiled as c; {code}"],
-        env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True, check=True,
+        env={**os.environ, "DCDET_KERNELS": "", **environment}, cwd=ROOT, capture_output=True,
+        text=True, check=True,
     )  # fmt: skip
     return done.stdout + done.stderr
 
