@@ -1,6 +1,8 @@
 """The compiled kernels against the torch way, with any instruction set and number of threads."""
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +147,37 @@ def imported(code: str, **environment: str) -> str:
         text=True, check=True,
     )  # fmt: skip
     return done.stdout + done.stderr
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("setuptools") is None, reason="setuptools not installed"
+)
+def test_without_a_compiler_nothing_stale_is_installed(tmp_path: Path) -> None:
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "dcdet").mkdir()
+    shutil.copy(ROOT / "dcdet" / "__init__.py", tmp_path / "dcdet")
+
+    def build(compiler: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "CC": compiler, "CXX": compiler, "LDSHARED": compiler,
+                       "LDCXXSHARED": compiler}  # fmt: skip
+        return subprocess.run(
+            [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
+            env=environment, cwd=tmp_path, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+
+    # A stand-in that leaves an empty library, then no compiler at all.
+    works = tmp_path / "compiler"
+    works.write_text('#!/bin/sh\nwhile [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n')
+    works.chmod(0o755)
+    build(str(works))
+    assert (tmp_path / "dcdet" / "_C.abi3.so").exists()
+    (tmp_path / "dcdet" / "_C.abi3.so").unlink()
+    (tmp_path / "csrc" / "bindings.cpp").write_text("changed")
+    said = build(str(tmp_path / "absent"))
+    assert said.stderr.count("kernels were not compiled") == 1
+    assert not (tmp_path / "dcdet" / "_C.abi3.so").exists()
 
 
 def test_switched_off() -> None:

@@ -22,6 +22,16 @@ struct PoolShape {
 
   int64_t depth() const { return channels / (group_size * group_size); }
   int64_t pixels() const { return height * width; }
+
+  // Where output channel d's plane of a group begins in a map.
+  int64_t plane(int64_t image, int64_t d, int64_t group) const {
+    return (image * channels + d * group_size * group_size + group) * pixels();
+  }
+
+  // Where a bin stands in the output.
+  int64_t bin(int64_t roi, int64_t d, int64_t i, int64_t j) const {
+    return ((roi * depth() + d) * pooled + i) * pooled + j;
+  }
 };
 
 // Call visit(roi, class, bin row, bin column, group, state) for all bins that read one group, group
@@ -92,13 +102,11 @@ void pool(const PoolShape& s, const T* input, const int64_t* images, const int64
   for_each_bin(s, None(), [&](int64_t roi, int64_t, int64_t i, int64_t j, int64_t group, None&) {
     const Cells cells = cells_of(s, edges, roi, i, j);
     for (int64_t d = 0; d < s.depth(); ++d) {
-      const int64_t channel = d * s.group_size * s.group_size + group;
-      const T* plane = input + (images[roi] * s.channels + channel) * s.pixels();
+      const T* plane = input + s.plane(images[roi], d, group);
       T sum = 0;
       for (int64_t y = cells.top; y < cells.bottom; ++y)
         for (int64_t x = cells.left; x < cells.right; ++x) sum += plane[y * s.width + x];
-      const int64_t bin = ((roi * s.depth() + d) * s.pooled + i) * s.pooled + j;
-      output[bin] = cells.area() ? sum / T(cells.area()) : T(0);
+      output[s.bin(roi, d, i, j)] = cells.area() ? sum / T(cells.area()) : T(0);
     }
   });
 }
@@ -109,11 +117,10 @@ void pool_backward(const PoolShape& s, const T* grad, const int64_t* images, con
   for_each_bin(s, None(), [&](int64_t roi, int64_t, int64_t i, int64_t j, int64_t group, None&) {
     const Cells cells = cells_of(s, edges, roi, i, j);
     for (int64_t d = 0; d < s.depth(); ++d) {
-      const T value = grad[((roi * s.depth() + d) * s.pooled + i) * s.pooled + j];
+      const T value = grad[s.bin(roi, d, i, j)];
       if (value == T(0) || !cells.area()) continue;
       const T share = value / T(cells.area());
-      const int64_t channel = d * s.group_size * s.group_size + group;
-      T* plane = grad_input + (images[roi] * s.channels + channel) * s.pixels();
+      T* plane = grad_input + s.plane(images[roi], d, group);
       for (int64_t y = cells.top; y < cells.bottom; ++y)
         for (int64_t x = cells.left; x < cells.right; ++x) plane[y * s.width + x] += share;
     }
@@ -222,8 +229,7 @@ void deform_pool(const Samples<T>& where, const T* input, const int64_t* images,
     where.find(roi, cls, i, j, y, x);
     const T divisor = where.divisor(y, x);
     for (int64_t d = cls * each; d < (cls + 1) * each; ++d) {
-      const int64_t channel = d * s.group_size * s.group_size + group;
-      const T* plane = input + (images[roi] * s.channels + channel) * s.pixels();
+      const T* plane = input + s.plane(images[roi], d, group);
       T sum = 0;
       for (int64_t a = 0; a < y.size; ++a) {
         const T* row = plane + y.cell[a] * s.width;
@@ -231,7 +237,7 @@ void deform_pool(const Samples<T>& where, const T* input, const int64_t* images,
         for (int64_t b = 0; b < x.size; ++b) along += x.weight[b] * row[x.cell[b]];
         sum += y.weight[a] * along;
       }
-      output[((roi * s.depth() + d) * s.pooled + i) * s.pooled + j] = sum / divisor;
+      output[s.bin(roi, d, i, j)] = sum / divisor;
     }
   };
   for_each_bin(s, Lines<T>{Line<T>(where.count), Line<T>(where.count)}, visit);
@@ -248,13 +254,12 @@ void deform_pool_backward(const Samples<T>& where, const T* grad, const T* input
     T slope_y = 0, slope_x = 0;
     bool found = false;
     for (int64_t d = cls * each; d < (cls + 1) * each; ++d) {
-      const T value = grad[((roi * s.depth() + d) * s.pooled + i) * s.pooled + j];
+      const T value = grad[s.bin(roi, d, i, j)];
       if (value == T(0)) continue;  // most RoIs, under hard-example mining
       if (!found) where.find(roi, cls, i, j, y, x);
       found = true;
       const T share = value / where.divisor(y, x);
-      const int64_t channel = d * s.group_size * s.group_size + group;
-      const int64_t start = (images[roi] * s.channels + channel) * s.pixels();
+      const int64_t start = s.plane(images[roi], d, group);
       T along_y = 0, along_x = 0;
       for (int64_t a = 0; a < y.size; ++a) {
         const int64_t row = start + y.cell[a] * s.width;

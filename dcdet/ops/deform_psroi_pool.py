@@ -18,6 +18,7 @@ Sources: Dai et al., Deformable Convolutional Networks, 2017; `deformable_psroi_
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -94,12 +95,17 @@ class _Corners(NamedTuple):
     kept: Tensor
 
 
-class _Bins:
-    """Where one call's bins lie.
+class _Pooling:
+    """One call's geometry.
 
     `first` (2, R, K, p, p) is the position of each bin's first sample, y first; `step` and `size`
     (2, R, 1, 1, 1) are the distance to the next sample and the RoI's size. `images` (R,) are the
     RoIs' batch indices.
+
+    The map gets one pixel of zeros to the right and below, where dropped samples go. `table` holds
+    it as rows of D channels where all channels share their positions (`blocks` = 1), else as D
+    planes a group, of rows of a single number (`blocks` = D). Both are made when torch needs them:
+    a compiled kernel does not.
     """
 
     def __init__(
@@ -111,9 +117,13 @@ class _Bins:
         scale: float,
         std: float,
     ) -> None:
+        self.input = input
         self.depth, self.group_size, self.pooled, part_size, self.samples = grid
         self.images = image_indices("deform_psroi_pool", rois, input.shape[0])
         self.classes = 1 if trans is None else trans.shape[1] // 2
+        self.blocks = 1 if self.classes == 1 else self.depth
+        self.groups = groups_of_bins(self.group_size, self.pooled, rois.device)
+
         start, end = (edge[..., None, None, None] - 0.5 for edge in spans(rois, scale))
         self.size = (end - start).clamp(min=0.1)
         bins = torch.arange(self.pooled, device=rois.device)
@@ -128,42 +138,21 @@ class _Bins:
             shifts = shifts.unflatten(1, (self.classes, 2)).permute(2, 0, 1, 3, 4).flip(0)
             self.first = self.first + shifts * std * self.size
 
-    def grad_trans(self, grad_first: Tensor, trans: Tensor, std: float) -> Tensor:
-        """Gradients of the first positions (2, R, blocks, p, p) -> (R, 2 * K, part, part)."""
-        grad = grad_first * std * self.size
-        grad = grad.unflatten(2, (self.classes, -1)).sum(3).flip(0).permute(1, 2, 0, 3, 4)
-        parts = torch.arange(trans.shape[2], device=trans.device)
-        member = (self.part[:, None] == parts).to(grad.dtype)
-        return member.t() @ grad.flatten(1, 2) @ member
+    @cached_property
+    def padded(self) -> Tensor:
+        return F.pad(self.input, (0, 1, 0, 1))
+
+    @cached_property
+    def table(self) -> Tensor:
+        return table_of_groups(self.padded, self.blocks, self.group_size)
+
+    @property
+    def index_type(self) -> torch.dtype:
+        return index_dtype(self.table.shape[0]) if self.blocks == 1 else torch.int64
 
     def for_kernel(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """What a compiled kernel takes of it."""
         return self.images, self.first, self.step.flatten(1), self.group_size, self.samples
-
-
-class _Pooling(_Bins):
-    """What torch needs beyond that.
-
-    The map gets one pixel of zeros to the right and below, where dropped samples go. `table` holds
-    it as rows of D channels where all channels share their positions (`blocks` = 1), else as D
-    planes a group, of rows of a single number (`blocks` = D).
-    """
-
-    def __init__(
-        self,
-        input: Tensor,
-        rois: Tensor,
-        trans: Tensor | None,
-        grid: list[int],
-        scale: float,
-        std: float,
-    ) -> None:
-        super().__init__(input, rois, trans, grid, scale, std)
-        self.padded = F.pad(input, (0, 1, 0, 1))
-        self.blocks = 1 if self.classes == 1 else self.depth
-        self.table = table_of_groups(self.padded, self.blocks, self.group_size)
-        self.index_type = index_dtype(self.table.shape[0]) if self.blocks == 1 else torch.int64
-        self.groups = groups_of_bins(self.group_size, self.pooled, rois.device)
 
     def corners(self, first: Tensor, step: Tensor) -> _Corners:
         """The corners of bins whose first samples and steps are (2, ...) and broadcast."""
@@ -184,6 +173,14 @@ class _Pooling(_Bins):
         """The table's gradient -> the input's."""
         padded = map_of_groups(grad_table, self.padded, self.blocks, self.group_size)
         return padded[..., :-1, :-1].contiguous()
+
+    def grad_trans(self, grad_first: Tensor, trans: Tensor, std: float) -> Tensor:
+        """Gradients of the first positions (2, R, blocks, p, p) -> (R, 2 * K, part, part)."""
+        grad = grad_first * std * self.size
+        grad = grad.unflatten(2, (self.classes, -1)).sum(3).flip(0).permute(1, 2, 0, 3, 4)
+        parts = torch.arange(trans.shape[2], device=trans.device)
+        member = (self.part[:, None] == parts).to(grad.dtype)
+        return member.t() @ grad.flatten(1, 2) @ member
 
 
 def _runs(total: int, each: int, limit: int) -> Iterator[slice]:
@@ -342,10 +339,9 @@ def _deform_psroi_pool(
     input: Tensor, rois: Tensor, trans: Tensor | None, grid: list[int], scale: float, std: float
 ) -> Tensor:
     """`grid` is (output_dim, group_size, pooled_size, part_size, sample_per_part)."""
-    if compiled.covers(input):
-        bins = _Bins(input, rois, trans, grid, scale, std)
-        return compiled.kernels.deform_psroi_pool(input, *bins.for_kernel())
     pooling = _Pooling(input, rois, trans, grid, scale, std)
+    if compiled.covers(input):
+        return compiled.kernels.deform_psroi_pool(input, *pooling.for_kernel())
     return _rows_forward(pooling) if pooling.blocks == 1 else _planes_forward(pooling)
 
 
@@ -365,10 +361,10 @@ def _deform_psroi_pool_backward(
     """
     no_trans = grad.new_empty(0)
     if compiled.covers(input):
-        bins = _Bins(input, rois, trans, grid, scale, std)
+        pooling = _Pooling(input, rois, trans, grid, scale, std)
         backward = compiled.kernels.deform_psroi_pool_backward
-        grad_input, grad_first = backward(grad, input, *bins.for_kernel())
-        return grad_input, no_trans if trans is None else bins.grad_trans(grad_first, trans, std)
+        grad_input, grad_first = backward(grad, input, *pooling.for_kernel())
+        return grad_input, no_trans if trans is None else pooling.grad_trans(grad_first, trans, std)
     live = grad.flatten(1).ne(0).any(1).nonzero()[:, 0]
     live_trans = None if trans is None else trans[live]
     pooling = _Pooling(input, rois[live], live_trans, grid, scale, std)
