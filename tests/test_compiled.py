@@ -105,7 +105,7 @@ def pooled(classes: int | None, layout: torch.memory_format) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 6 * 9, 20, 30, generator=generator).contiguous(memory_format=layout)
     low = torch.rand(40, 2, generator=generator) * 400 - 40
-    high = low + torch.rand(40, 2, generator=generator) * 300
+    high = low + torch.rand(40, 2, generator=generator) * 1200  # samples up to 4 cells apart
     rois = torch.cat([torch.arange(40)[:, None] % 2, low, high], 1)
     leaves = [x.requires_grad_()]
     if classes is None:
