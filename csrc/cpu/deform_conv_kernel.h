@@ -331,11 +331,8 @@ void backward_slice(const ConvBackward<T>& call, Slice slice, int64_t first, int
         at(column) = left_sum;
         at(column + lanes) = right_sum;
         T* parts = partial + (pixel * taps + tap) * 3;
-        const T y = sample.y, x = sample.x;
-        const T slope_y = (dots[2] - dots[0]) * (1 - x) + (dots[3] - dots[1]) * x;
-        const T slope_x = (dots[1] - dots[0]) * (1 - y) + (dots[3] - dots[2]) * y;
-        parts[0] = sample.held_y ? T(0) : slope_y * mask;
-        parts[1] = sample.held_x ? T(0) : slope_x * mask;
+        parts[0] = sample.held_y ? T(0) : sample.slope_y(dots) * mask;
+        parts[1] = sample.held_x ? T(0) : sample.slope_x(dots) * mask;
         parts[2] = T(0);
         for (int corner = 0; corner < 4; ++corner) parts[2] += sample.weight(corner) * dots[corner];
       }

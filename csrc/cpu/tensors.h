@@ -19,7 +19,7 @@ using torch::stable::Tensor;
 
 inline Tensor empty_like(const Tensor& like, const std::vector<int64_t>& size,
                          MemoryFormat format = NCHW) {
-  return torch::stable::empty(size, like.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
+  return torch::stable::empty(size, like.scalar_type(), std::nullopt, like.device(), std::nullopt,
                               format);
 }
 
