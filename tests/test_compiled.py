@@ -159,25 +159,37 @@ def test_without_a_compiler_nothing_stale_is_installed(tmp_path: Path) -> None:
     (tmp_path / "dcdet").mkdir()
     shutil.copy(ROOT / "dcdet" / "__init__.py", tmp_path / "dcdet")
 
-    def build(compiler: str) -> subprocess.CompletedProcess[str]:
+    def build(compiler: str, **cuda: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "CC": compiler, "CXX": compiler, "LDSHARED": compiler,
-                       "LDCXXSHARED": compiler}  # fmt: skip
+                       "LDCXXSHARED": compiler, **cuda}  # fmt: skip
         return subprocess.run(
             [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
             env=environment, cwd=tmp_path, capture_output=True, text=True, check=True,
         )  # fmt: skip
 
     # A stand-in that leaves an empty library, then no compiler at all.
-    works = tmp_path / "compiler"
-    works.write_text('#!/bin/sh\nwhile [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n')
+    works = tmp_path / "bin" / "nvcc"
+    works.parent.mkdir()
+    works.write_text(
+        '#!/bin/sh\n[ "$1" = --list-gpu-code ] && echo sm_90\n'
+        'while [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n'
+    )
     works.chmod(0o755)
-    build(str(works))
-    assert (tmp_path / "dcdet" / "_C.abi3.so").exists()
-    (tmp_path / "dcdet" / "_C.abi3.so").unlink()
-    (tmp_path / "csrc" / "bindings.cpp").write_text("changed")
-    said = build(str(tmp_path / "absent"))
-    assert said.stderr.count("kernels were not compiled") == 1
-    assert not (tmp_path / "dcdet" / "_C.abi3.so").exists()
+    cpu, cuda = (tmp_path / "dcdet" / name for name in ("_C.abi3.so", "_CUDA.abi3.so"))
+    build(str(works), DCDET_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert cpu.exists()
+    assert cuda.exists()
+    build(str(works), DCDET_CUDA="0")
+    assert cpu.exists()
+    assert not cuda.exists()
+    build(str(works), DCDET_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert cuda.exists()
+    (tmp_path / "csrc" / "version.h").write_text("changed")
+    said = build(str(tmp_path / "absent"), DCDET_CUDA="1", CUDA_HOME=str(tmp_path / "absent"))
+    assert said.stderr.count("dcdet's kernels were not compiled") == 1
+    assert said.stderr.count("dcdet's CUDA kernels were not compiled (no nvcc") == 1
+    assert not cpu.exists()
+    assert not cuda.exists()
 
 
 def test_switched_off() -> None:
