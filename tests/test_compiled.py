@@ -31,13 +31,18 @@ SHAPES = [
 ]
 
 
-def results(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-    """Output and gradients of random numbers; odd heights have mask, bias and the old border."""
+def results(
+    shape: tuple[int, ...], dtype: torch.dtype, through: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """Output and gradients of random numbers that the dtype `through` has, too.
+
+    Odd heights have mask, bias and the old border.
+    """
     batch, channels, outputs, height, width, groups, offset_groups, stride, dilation = shape
     generator = torch.Generator().manual_seed(0)
 
     def random(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(through).to(dtype)
 
     odd = height % 2 == 1
     out = ((height - 1) // stride + 1, (width - 1) // stride + 1)
@@ -100,10 +105,14 @@ def test_vectors_in_use() -> None:
     assert "in use" in compiled.describe()
 
 
-def pooled(classes: int | None, layout: torch.memory_format) -> list[Tensor]:
-    """Outputs and gradients of the pooling ops; classes None is the plain one."""
+def pooled(classes: int | None, layout: torch.memory_format, whole: bool = False) -> list[Tensor]:
+    """Outputs and gradients of the pooling ops; classes None is the plain one.
+
+    `whole`: of whole numbers, which half types have, too.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 6 * 9, 20, 30, generator=generator).contiguous(memory_format=layout)
+    x = (x * 9).round() if whole else x
     low = torch.rand(40, 2, generator=generator) * 400 - 40
     high = low + torch.rand(40, 2, generator=generator) * 1200  # samples up to 4 cells apart
     rois = torch.cat([torch.arange(40)[:, None] % 2, low, high], 1)
@@ -116,6 +125,7 @@ def pooled(classes: int | None, layout: torch.memory_format) -> list[Tensor]:
             leaves.append(trans.requires_grad_())
         y = deform_psroi_pool(x, rois, leaves[1] if classes else None, 1 / 16, 6, 3, 5, 3, 4, 0.1)
     grad = torch.randn(y.shape, generator=generator)
+    grad = (grad * 9).round() if whole else grad
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 

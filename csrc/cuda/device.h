@@ -27,10 +27,10 @@ namespace dcdet {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-constexpr int THREADS = 256;  // of a block
 constexpr int WARP = 32;
 
 #ifndef DCDET_EMULATOR
+constexpr int THREADS = 256;  // of a block
 constexpr int64_t MOST_BLOCKS = 65535;  // along an axis; the kernels' loops do the rest
 
 // A tensor's device, made the current one as long as this lives, and its current stream.

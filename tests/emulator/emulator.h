@@ -21,6 +21,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __shared__ static
 #define __launch_bounds__(threads)
 
 struct dim3 {
@@ -144,6 +145,7 @@ inline void Block::enter() {
 
 }  // namespace emulator
 
+constexpr int THREADS = 64;         // of a block: two warps
 constexpr int64_t MOST_BLOCKS = 3;  // few, so that kernels must loop
 constexpr bool ADDS_FOUR = true;
 
@@ -160,8 +162,8 @@ class Stream {
 
   template <typename... P, typename... A>
   void launch(const char* name, void (*kernel)(P...), dim3 blocks, A... arguments) const {
-    constexpr unsigned THREADS = 256;
-    if (!blocks.x || !blocks.y || !blocks.z)
+    constexpr unsigned MOST = 65535;
+    if (!blocks.x || !blocks.y || !blocks.z || blocks.y > MOST || blocks.z > MOST)
       throw std::runtime_error(std::string("dcdet: kernel ") + name + ": invalid configuration");
     const std::function<void()> body = [&] { kernel(P(arguments)...); };
     blockDim = dim3(THREADS);
