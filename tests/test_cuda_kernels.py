@@ -9,7 +9,8 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,17 +26,27 @@ from test_psroi_pool import test_equals_the_reference as check_pool
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dcdet.ops import compiled
+from dcdet.ops import compiled, deform_conv2d, deform_psroi_pool, psroi_pool
 
 EMULATOR = ROOT / "tests" / "emulator"
 LIBTORCH = Path(torch.__file__).parent
 SANITISERS = os.environ.get("DCDET_SANITISERS", "").split()
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+NVCC_FLAGS = ["-shared", "-std=c++17", "-Xcompiler=-fPIC", "-DUSE_CUDA", STABLE_ABI,
+              f"-I{LIBTORCH / 'include'}"]  # fmt: skip
+CUDA_LIBRARIES = [f"-L{LIBTORCH / 'lib'}", "-ltorch_cuda", "-ltorch_cpu", "-lc10", "-ltorch"]
 KERNELS = [ROOT / "csrc" / "bindings.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
 PROBE = EMULATOR / "probe.cu"
 SHAPES = [*test_compiled.SHAPES[:-1], (1, 512, 64, 6, 7, 1, 4, 1, 1)]
 
-needs_nvcc = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+needs_nvcc = pytest.mark.skipif(
+    not shutil.which("nvcc") or torch.version.cuda is None or bool(compiled.missing),
+    reason="needs nvcc, a torch for CUDA and the CPU kernels",
+)
+needs_cuda_kernels = pytest.mark.skipif(
+    not torch.cuda.is_available() or bool(compiled.missing_for_cuda),
+    reason="needs a CUDA device and the kernels for it",
+)
 
 
 class Kernels(NamedTuple):
@@ -176,12 +187,34 @@ def test_conv_equals_the_torch_way(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_conv_in_half(kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Columns and results are rounded to the half type, so a few of its steps; sums are not."""
+    """Columns and results are rounded to the half type; a BLAS on a GPU may round some more."""
     with op_cases.way("torch"):
         expected = test_compiled.results(shape, torch.float32, through=dtype)
     with in_use(Elsewhere(kernels, dtype)):
         found = test_compiled.results(shape, torch.float32, through=dtype)
-    compare(found, expected, 2 * torch.finfo(dtype).eps)
+    steps = 2 if kernels.device == "cuda" else 0.6
+    compare(found, expected, steps * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_are_not_in_half(kernels: Kernels, dtype: torch.dtype) -> None:
+    """1722 output pixels of 512 channels read x = 0.25 between a 0 and a 1: whole sums, rounded
+    once. One after another they would stay at 256 in bfloat16."""
+    pad, channels = 20, 512
+    x = torch.tensor([0.0, 1.0]).expand(1, channels, 1, 2).to(dtype)
+    weight, rest = torch.ones(1, channels, 1, 1, dtype=dtype), ([1, 1], [pad, pad], [1, 1], False)
+    rows, columns = torch.meshgrid(torch.arange(41.0), torch.arange(42.0), indexing="ij")
+    offset = torch.stack([pad - rows, pad + 0.25 - columns])[None]
+    grad = torch.ones(1, 1, 41, 42, dtype=dtype)
+    operators = Elsewhere(kernels)
+    output = operators.deform_conv2d(x, offset, weight, None, None, *rest)
+    assert torch.equal(output, torch.full_like(grad, channels / 4))
+    grads = operators.deform_conv2d_backward(grad, x, offset, weight, None, *rest)
+    per_pixel = torch.tensor([0.75, 0.25]).expand_as(x) * 1722
+    assert torch.equal(grads[0], per_pixel.to(dtype))
+    slopes = torch.tensor([-channels / 4, channels])[None, :, None, None].expand_as(offset)
+    assert torch.equal(grads[1].float(), slopes)
+    assert torch.equal(grads[2], torch.full_like(weight, 0.25 * 1722))
 
 
 def arguments(dtype: torch.dtype = torch.float32, channels: int = 16) -> list[Any]:
@@ -390,10 +423,8 @@ def probe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         pytest.skip("needs a CUDA device and nvcc")
     library = tmp_path_factory.mktemp("probe") / "probe.so"
     subprocess.run(
-        [nvcc, "-shared", "-std=c++17", "-arch=native", "-Xcompiler=-fPIC", "-DUSE_CUDA",
-         STABLE_ABI, "-DDCDET_PROBE=dcdet_probe_cuda", f"-I{LIBTORCH / 'include'}",
-         f"-I{ROOT / 'csrc' / 'cuda'}", str(PROBE), "-o", str(library), f"-L{LIBTORCH / 'lib'}",
-         "-ltorch_cuda", "-ltorch_cpu", "-lc10", "-ltorch"],
+        [nvcc, *NVCC_FLAGS, "-arch=native", "-DDCDET_PROBE=dcdet_probe_cuda",
+         f"-I{ROOT / 'csrc' / 'cuda'}", str(PROBE), "-o", str(library), *CUDA_LIBRARIES],
         check=True,
     )  # fmt: skip
     torch.ops.load_library(str(library))
@@ -433,3 +464,156 @@ def test_threads_that_never_come_are_an_error(probe: Kernels) -> None:
     with pytest.raises(RuntimeError, match="threads wait for others that never come"):
         probe.ops.hang(row)
     assert torch.equal(probe.ops.totals(row, 1), row)
+
+
+@needs_nvcc
+def test_nvcc_takes_the_kernels(tmp_path: Path) -> None:
+    """Without a warning, for the oldest architecture and for one that adds four floats at once.
+
+    For all of them, which takes a minute: DCDET_CUDA=1 python setup.py build_ext --inplace.
+    """
+    library = tmp_path / "_CUDA.abi3.so"
+    code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (75, 90)]
+    sources = [ROOT / "csrc" / "cuda" / "bindings.cpp", *KERNELS[1:]]
+    done = subprocess.run(
+        ["nvcc", *NVCC_FLAGS, "--threads=2", "-Werror=all-warnings", *code, *map(str, sources),
+         "-o", str(library), *CUDA_LIBRARIES],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    loaded = (
+        "import torch\n"
+        f"for path in ({str(compiled.LIBRARY)!r}, {str(library)!r}): "
+        "torch.ops.load_library(path)\n"
+        f"assert torch.ops.dcdet_CUDA.version() == {compiled.VERSION}\n"
+        "for name in ('deform_conv2d', 'psroi_pool', 'deform_psroi_pool'):\n"
+        "    for op in (name, name + '_backward'):\n"
+        "        assert torch._C._dispatch_has_kernel_for_dispatch_key('dcdet_C::' + op, 'CUDA')\n"
+    )
+    subprocess.run([sys.executable, "-c", loaded], check=True)
+
+
+# The public functions on a GPU
+
+Call = Callable[..., Tensor]
+
+
+def calls(dtype: torch.dtype) -> list[tuple[Call, list[Tensor], tuple[Any, ...]]]:
+    """Public functions, leaves of the CPU, and what else they take."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
+
+    positions = torch.float64 if dtype == torch.float64 else torch.float32
+    x, weight = random(2, 64, 19, 21), random(32, 32, 3, 3)
+    offset, mask = (random(2, 9 * n, 19, 21, dtype=positions) * 2 for n in (8, 4))
+    low = torch.rand(60, 2, generator=generator) * 300
+    high = low + torch.rand(60, 2, generator=generator) * 200
+    rois = torch.cat([torch.arange(60)[:, None] % 2, low, high], 1).to(positions)
+    score, trans = random(2, 8 * 9, 19, 21), random(60, 4, 3, 3, dtype=positions)
+
+    def conv(x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor, *border: Any) -> Tensor:
+        return deform_conv2d(x, offset, weight, None, 1, 1, 1, mask, *border)
+
+    def deform_pool(x: Tensor, trans: Tensor, rois: Tensor, *geometry: Any) -> Tensor:
+        return deform_psroi_pool(x, rois, trans, *geometry)
+
+    return [
+        (conv, [x, offset, weight, mask], ("zero",)),
+        (conv, [x, offset, weight, mask], ("original",)),
+        (psroi_pool, [score], (rois, 1 / 16, 8, 3, 3)),
+        (deform_pool, [score, trans], (rois, 1 / 16, 8, 3, 3, 3, 4, 0.1)),
+    ]
+
+
+def forward_backward(
+    call: Call, leaves: list[Tensor], rest: tuple[Any, ...], device: str | int
+) -> list[Tensor]:
+    """The output and the leaves' gradients, computed on a device."""
+    leaves = [leaf.detach().to(device).requires_grad_() for leaf in leaves]
+    output = call(*leaves, *[r.to(device) if isinstance(r, Tensor) else r for r in rest])
+    grads = torch.autograd.grad(output, leaves, op_cases.whole_numbers(output.cpu()).to(output))
+    return [output.detach(), *grads]
+
+
+@needs_cuda_kernels
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-11), (torch.float32, 1e-4), (torch.bfloat16, 0.02), (torch.float16, 3e-3)],
+)
+def test_gpu_equals_cpu(dtype: torch.dtype, tolerance: float) -> None:
+    for call, leaves, rest in calls(dtype):
+        expected = forward_backward(call, leaves, rest, "cpu")
+        found = forward_backward(call, leaves, rest, "cuda")
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype
+        compare([one.cpu().double() for one in found], [e.double() for e in expected], tolerance)
+
+
+@needs_cuda_kernels
+def test_gpu_kernels_wait_for_their_stream() -> None:
+    """On a side stream they read what a slow copy before them on that stream wrote."""
+    for call, leaves, rest in calls(torch.float32):
+        expected = forward_backward(call, leaves, rest, "cuda")
+        late = [torch.zeros_like(leaf, device="cuda") for leaf in leaves]
+        ready = [leaf.cuda() for leaf in leaves]
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(100_000_000)
+            for place, leaf in zip(late, ready, strict=True):
+                place.copy_(leaf)
+            found = forward_backward(call, late, rest, "cuda")
+        torch.cuda.synchronize()
+        compare(found, expected, 1e-5)
+
+
+@needs_cuda_kernels
+def test_gpu_kernels_run_where_their_tensors_are() -> None:
+    """Another device is the current one, and stays so."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    for call, leaves, rest in calls(torch.float32):
+        expected = forward_backward(call, leaves, rest, "cpu")
+        found = forward_backward(call, leaves, rest, "cuda:1")
+        assert torch.cuda.current_device() == 0
+        assert all(one.device.index == 1 for one in found)
+        compare([one.cpu() for one in found], expected, 1e-4)
+
+
+@needs_cuda_kernels
+def test_gpu_is_deterministic_where_asked() -> None:
+    """The same bits twice; in a process of its own, because cuBLAS reads its setting once."""
+    code = (
+        "import torch, test_cuda_kernels as t\n"
+        "torch.use_deterministic_algorithms(True)\n"
+        "for dtype in (torch.float32, torch.bfloat16):\n"
+        "    for call, leaves, rest in t.calls(dtype):\n"
+        "        one, two = (t.forward_backward(call, leaves, rest, 'cuda') for _ in range(2))\n"
+        "        assert all(map(torch.equal, one, two)), (dtype, call)\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "PYTHONPATH": str(ROOT)},
+        cwd=ROOT / "tests", check=True,
+    )  # fmt: skip
+
+
+@needs_cuda_kernels
+def test_gpu_maps_of_more_than_2_to_the_31_numbers() -> None:
+    if torch.cuda.mem_get_info()[0] < 48e9:
+        pytest.skip("needs 48 GB of free GPU memory")
+    x = torch.zeros(1, 8, 16400, 16400, dtype=torch.bfloat16, device="cuda")
+    x = x.to(memory_format=torch.channels_last)
+    x[..., -1, :] = torch.arange(16400, device="cuda") % 100
+    offset = torch.zeros(1, 2, 16400, 16400, device="cuda")
+    weight = torch.ones(1, 8, 1, 1, dtype=torch.bfloat16, device="cuda")
+    assert x.numel() > 2**31
+    output = deform_conv2d(x.requires_grad_(), offset, weight)
+    assert torch.equal(output[0, 0, -1], 8 * (torch.arange(16400, device="cuda") % 100).bfloat16())
+    assert not output[0, 0, :-1].any()
+    grad = torch.zeros_like(output)
+    grad[..., -1, -1] = 1
+    (grad_input,) = torch.autograd.grad(output, x, grad)
+    assert torch.equal(grad_input[0, :, -1, -1], torch.ones_like(weight[0, :, 0, 0]))
+    assert int(grad_input.count_nonzero()) == 8
