@@ -100,8 +100,9 @@ def test_vectors_in_use() -> None:
     assert "in use" in compiled.describe()
 
 
-def pooled(classes: int | None, layout: torch.memory_format) -> list[Tensor]:
+def pooled(classes: int | None, layout: torch.memory_format, group: int) -> list[Tensor]:
     """Outputs and gradients of the pooling ops; classes None is the plain one."""
+    depth = 54 // group**2
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 6 * 9, 20, 30, generator=generator).contiguous(memory_format=layout)
     low = torch.rand(40, 2, generator=generator) * 400 - 40
@@ -109,29 +110,34 @@ def pooled(classes: int | None, layout: torch.memory_format) -> list[Tensor]:
     rois = torch.cat([torch.arange(40)[:, None] % 2, low, high], 1)
     leaves = [x.requires_grad_()]
     if classes is None:
-        y = psroi_pool(x, rois, 1 / 16, 6, 3, 5)
+        y = psroi_pool(x, rois, 1 / 16, depth, group, 5)
     else:
         if classes:
-            trans = torch.randn(40, 2 * classes, 3, 3, generator=generator)
-            leaves.append(trans.requires_grad_())
-        y = deform_psroi_pool(x, rois, leaves[1] if classes else None, 1 / 16, 6, 3, 5, 3, 4, 0.1)
+            shifts = torch.randn(40, 2 * classes, 3, 3, generator=generator)
+            leaves.append(shifts.requires_grad_())
+        trans = leaves[1] if classes else None
+        y = deform_psroi_pool(x, rois, trans, 1 / 16, depth, group, 5, 3, 4, 0.1)
     grad = torch.randn(y.shape, generator=generator)
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
 @needs_kernels
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("classes", [None, 0, 1, 3])
-def test_pooling_equals_the_torch_way(classes: int | None, layout: torch.memory_format) -> None:
+def test_pooling_equals_the_torch_way(
+    classes: int | None, group: int, layout: torch.memory_format
+) -> None:
     with op_cases.way("torch"):
-        expected = pooled(classes, layout)
+        expected = pooled(classes, layout, group)
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found = pooled(classes, layout)
+            found = pooled(classes, layout, group)
             for one, other in zip(found, expected, strict=True):
                 op_cases.same(one, other, 1e-4)
+                assert one.stride() == other.stride()
             if threads == 1:
                 first = found
         for one, other in zip(found, first, strict=True):

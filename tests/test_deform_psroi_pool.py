@@ -303,9 +303,11 @@ def test_wrong_arguments(change: dict[str, Any], error: type[Exception], message
         deform_psroi_pool(**good_arguments() | change)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("classes", [0, 1, 2])
-def test_operator_contract(classes: int) -> None:
-    input, rois = torch.rand(2, 8, 4, 5), boxes(3, images=2, extent=5)
+def test_operator_contract(classes: int, layout: torch.memory_format) -> None:
+    input = torch.rand(2, 8, 4, 5).contiguous(memory_format=layout)
+    rois = boxes(3, images=2, extent=5)
     trans = torch.rand(3, 2 * classes, 2, 2) if classes else None
     grid = [2, 2, 3, 2, 2]
     tensors = (op_cases.leaf(input), rois, op_cases.leaf(trans))

@@ -1,95 +1,21 @@
 // Deformable convolution on a CPU: tensors in, kernels of the best instruction set, tensors out.
 #include "deform_conv.h"
+#include "buffer.h"
 #include "tensors.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <optional>
 #include <tuple>
 #include <vector>
 
+#define KERNELS ConvKernels
+#define KERNEL "deform_conv_kernel.h"
+#include "instruction_sets.h"
+
 namespace dcdet {
-
-#if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
-namespace avx512 {
-#define VECTOR_BYTES 64
-#define BLOCK_ROWS 8
-#include "deform_conv_kernel.h"
-#undef VECTOR_BYTES
-#undef BLOCK_ROWS
-}  // namespace avx512
-#pragma GCC pop_options
-
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-namespace avx2 {
-#define VECTOR_BYTES 32
-#define BLOCK_ROWS 4
-#include "deform_conv_kernel.h"
-#undef VECTOR_BYTES
-#undef BLOCK_ROWS
-}  // namespace avx2
-#pragma GCC pop_options
-#endif
-
-namespace baseline {
-#define VECTOR_BYTES 16
-#define BLOCK_ROWS 4
-#include "deform_conv_kernel.h"
-#undef VECTOR_BYTES
-#undef BLOCK_ROWS
-}  // namespace baseline
-
 namespace {
-
-// Bytes of the vector registers in use: 64 (AVX512), 32 (AVX2), else 16.
-int64_t vector_bytes() {
-#if defined(__x86_64__)
-  static const int64_t bytes = [] {
-    const char* limit = std::getenv("DCDET_VECTOR_BYTES");  // to test one kernel on another's CPU
-    const int64_t most = limit ? std::atoll(limit) : 64;
-    if (most >= 64 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      return 64;
-    return most >= 32 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 32 : 16;
-  }();
-  return bytes;
-#else
-  return 16;
-#endif
-}
-
-template <typename T>
-const ConvKernels<T>& best_kernels() {
-#if defined(__x86_64__)
-  if (vector_bytes() == 64) return avx512::conv_kernels<T>();
-  if (vector_bytes() == 32) return avx2::conv_kernels<T>();
-#endif
-  return baseline::conv_kernels<T>();
-}
-
-// Memory for numbers that are written before they are read, on a cache line's border.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count)
-      : memory_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 127) / 64 * 64))) {
-    if (!memory_) throw std::bad_alloc();
-  }
-  T* get() const { return memory_.get(); }
-
- private:
-  struct Free {
-    void operator()(T* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<T, Free> memory_;
-};
 
 int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -103,7 +29,7 @@ int64_t tile_size(int64_t pixels, int64_t wanted, int64_t rows) {
 template <typename T>
 void run_forward(const ConvForward<T>& call) {
   const ConvShape& s = call.shape;
-  const ConvKernels<T>& kernels = best_kernels<T>();
+  const ConvKernels<T>& kernels = best<T>();
   const int64_t panels = kernels.packed_panels(s), pixels = s.pixels();
   if (!pixels) return;
   const int64_t group_depth = s.taps() * s.channels / s.groups;
@@ -129,7 +55,7 @@ constexpr int64_t BAND_BYTES = 1 << 21;  // of samples and partial sums held at 
 template <typename T>
 void run_backward(const ConvBackward<T>& call) {
   const ConvShape& s = call.shape;
-  const ConvKernels<T>& kernels = best_kernels<T>();
+  const ConvKernels<T>& kernels = best<T>();
   std::vector<Slice> slices;
   for (Slice slice = kernels.next_slice(s, {0, 0}); slice.count; slice = kernels.next_slice(s, slice))
     slices.push_back(slice);

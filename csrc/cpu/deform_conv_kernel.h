@@ -1,9 +1,4 @@
-// The deformable convolution for one instruction set.
-//
-// deform_conv.cpp includes this file once for each, inside a namespace of its own, with
-//   VECTOR_BYTES  the size of a vector register
-//   BLOCK_ROWS    rows of the product that are held in registers, times two vectors
-// It must include nothing: whatever it instantiates belongs to its instruction set alone.
+// The deformable convolution for one instruction set; see instruction_sets.h.
 //
 // Forward: a tile of output pixels at a time. The samples of a tile are gathered, some taps and
 // channels after another, into columns that stay in the cache, and multiplied at once.
@@ -381,7 +376,7 @@ void sum_parts(const ConvBackward<T>& call, int64_t first, int64_t count, int64_
 }
 
 template <typename T>
-const ConvKernels<T>& conv_kernels() {
+const ConvKernels<T>& kernels() {
   static const ConvKernels<T> kernels = {
       ROWS,           packed_panels<T>,    pack_forward<T>,   forward_scratch<T>, forward_tile<T>,
       next_slice<T>,  backward_scratch<T>, find_samples<T>,   backward_slice<T>,  sum_parts<T>};

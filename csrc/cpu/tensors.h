@@ -30,6 +30,16 @@ inline Tensor zeros_like(const Tensor& like, const std::vector<int64_t>& size,
   return tensor;
 }
 
+// Whether a map lies in memory pixel by pixel, and not plane by plane.
+inline bool is_channels_last(const Tensor& map) {
+  int64_t step = 1;
+  for (const int dim : {1, 3, 2, 0}) {
+    if (map.size(dim) != 1 && map.stride(dim) != step) return false;
+    step *= map.size(dim);
+  }
+  return !map.is_contiguous();
+}
+
 inline std::vector<int64_t> size_of(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   return {sizes.begin(), sizes.end()};

@@ -31,6 +31,7 @@ from dcdet.ops.rois import (
     check_rois,
     groups_of_bins,
     image_indices,
+    layout_of,
     map_of_groups,
     spans,
     table_of_groups,
@@ -172,7 +173,7 @@ class _Pooling:
     def grad_input(self, grad_table: Tensor) -> Tensor:
         """The table's gradient -> the input's."""
         padded = map_of_groups(grad_table, self.padded, self.blocks, self.group_size)
-        return padded[..., :-1, :-1].contiguous()
+        return padded[..., :-1, :-1].contiguous(memory_format=layout_of(self.input))
 
     def grad_trans(self, grad_first: Tensor, trans: Tensor, std: float) -> Tensor:
         """Gradients of the first positions (2, R, blocks, p, p) -> (R, 2 * K, part, part)."""
@@ -363,7 +364,8 @@ def _deform_psroi_pool_backward(
     if compiled.covers(input):
         pooling = _Pooling(input, rois, trans, grid, scale, std)
         backward = compiled.kernels.deform_psroi_pool_backward
-        grad_input, grad_first = backward(grad, input, *pooling.for_kernel())
+        moved = trans is not None
+        grad_input, grad_first = backward(grad, input, *pooling.for_kernel(), moved)
         return grad_input, no_trans if trans is None else pooling.grad_trans(grad_first, trans, std)
     live = grad.flatten(1).ne(0).any(1).nonzero()[:, 0]
     live_trans = None if trans is None else trans[live]
@@ -386,7 +388,8 @@ def _(input: Tensor, rois: Tensor, trans: Tensor | None, grid: list[int], *rest:
 def _(
     grad: Tensor, input: Tensor, rois: Tensor, trans: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    return input.new_empty(input.shape), grad.new_empty(0 if trans is None else trans.shape)
+    grad_input = input.new_empty(input.shape).contiguous(memory_format=layout_of(input))
+    return grad_input, grad.new_empty(0 if trans is None else trans.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

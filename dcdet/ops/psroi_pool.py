@@ -17,6 +17,7 @@ from dcdet.ops.rois import (
     check_rois,
     groups_of_bins,
     image_indices,
+    layout_of,
     map_of_groups,
     spans,
     table_of_groups,
@@ -69,9 +70,9 @@ class _Bins:
         self, shape: torch.Size, rois: Tensor, scale: float, group_size: int, pooled_size: int
     ) -> None:
         self.height, self.width = shape[2:]
-        self.pooled = pooled_size
+        self.pooled, self.group_size = pooled_size, group_size
         self.broken = rois.isnan().any(1)
-        self.images = images = image_indices("psroi_pool", rois, shape[0])
+        self.images = image_indices("psroi_pool", rois, shape[0])
         bins = torch.arange(pooled_size, device=rois.device, dtype=rois.dtype)
         start, end = (edge[..., None] for edge in spans(rois, scale))
         bin_size = (end - start).clamp(min=0.1) / pooled_size
@@ -83,23 +84,24 @@ class _Bins:
         rows, columns = torch.where(real, last - first, 0).long()
         self.edges = torch.stack([top, top + rows, left, left + columns])
         self.areas = rows[:, :, None] * columns[:, None]
-        self.columns = columns[:, None].expand_as(self.areas)
-        group = groups_of_bins(group_size, pooled_size, rois.device)
-        groups = (images[:, None, None] * group_size + group[:, None]) * group_size + group
-        self.first = (groups * self.height + top[:, :, None]) * self.width + left[:, None]
 
     def runs(self) -> Iterator[_Cells]:
         """The cells of all bins, a few RoIs at a time; work a RoI is bounded by the map's size."""
+        top, _, left, right = self.edges
+        columns = (right - left)[:, None].expand_as(self.areas)
+        group = groups_of_bins(self.group_size, self.pooled, top.device)
+        groups = (self.images[:, None, None] * self.group_size + group[:, None]) * self.group_size
+        firsts = ((groups + group) * self.height + top[:, :, None]) * self.width + left[:, None]
         most = (self.height + 2 * self.pooled) * (self.width + 2 * self.pooled)
         step = max(1, CELLS // most)
         for begin in range(0, self.areas.shape[0], step):
             areas = self.areas[begin : begin + step].reshape(-1)
-            first = self.first[begin : begin + step].reshape(-1)
+            first = firsts[begin : begin + step].reshape(-1)
             starts = areas.cumsum(0) - areas
             owners = torch.repeat_interleave(areas)
             place = torch.arange(owners.shape[0], device=owners.device) - starts[owners]
-            columns = self.columns[begin : begin + step].reshape(-1)[owners]
-            rows = first[owners] + place // columns * self.width + place % columns
+            wide = columns[begin : begin + step].reshape(-1)[owners]
+            rows = first[owners] + place // wide * self.width + place % wide
             bins = slice(begin * self.pooled**2, begin * self.pooled**2 + areas.shape[0])
             yield _Cells(bins, rows, starts, owners)
 
@@ -116,7 +118,8 @@ def _psroi_pool(
     bins = _Bins(input.shape, rois, spatial_scale, group_size, pooled_size)
     if compiled.covers(input):
         pooled = compiled.kernels.psroi_pool(input, bins.images, bins.edges, group_size)
-        pooled[bins.broken] = torch.nan
+        if bins.broken.any():
+            pooled[bins.broken] = torch.nan
         return pooled
     table = table_of_groups(input, 1, group_size)
     output = input.new_zeros(bins.areas.numel(), output_dim)
@@ -137,11 +140,13 @@ def _psroi_pool_backward(
     spatial_scale: float,
     group_size: int,
     pooled_size: int,
+    channels_last: bool,
 ) -> Tensor:
+    """The gradient of the input, in channels_last memory if so wanted."""
     shape = torch.Size(input_shape)
     bins = _Bins(shape, rois, spatial_scale, group_size, pooled_size)
     if compiled.covers(grad):
-        geometry = (bins.images, bins.edges, input_shape, group_size)
+        geometry = (bins.images, bins.edges, input_shape, group_size, channels_last)
         return compiled.kernels.psroi_pool_backward(grad, *geometry)
     shares = grad.permute(0, 2, 3, 1) / bins.areas.clamp(min=1)[..., None]
     shares = shares.reshape(-1, grad.shape[1])
@@ -149,7 +154,12 @@ def _psroi_pool_backward(
     grad_table = table_of_groups(grad_input, 1, group_size)
     for run in bins.runs():
         scatter_rows(shares[run.bins], run.rows, run.owners, None, grad_table)
-    return map_of_groups(grad_table, grad_input, 1, group_size)
+    grad_input = map_of_groups(grad_table, grad_input, 1, group_size)
+    return grad_input.contiguous(memory_format=_format(channels_last))
+
+
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 @_psroi_pool.register_fake
@@ -166,13 +176,14 @@ def _(
 
 @_psroi_pool_backward.register_fake
 def _(grad: Tensor, rois: Tensor, input_shape: list[int], *rest: Any) -> Tensor:
-    return grad.new_empty(input_shape)
+    return grad.new_empty(input_shape).contiguous(memory_format=_format(rest[-1]))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, rois, spatial_scale, _, group_size, pooled_size = inputs
     ctx.save_for_backward(rois)
-    ctx.geometry = list(input.shape), spatial_scale, group_size, pooled_size
+    channels_last = layout_of(input) == torch.channels_last
+    ctx.geometry = list(input.shape), spatial_scale, group_size, pooled_size, channels_last
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

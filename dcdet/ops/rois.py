@@ -85,6 +85,14 @@ def map_of_groups(table: Tensor, input: Tensor, blocks: int, group_size: int) ->
     return table.view(split.shape).permute(0, 1, 4, 2, 3).reshape_as(input)
 
 
+def layout_of(input: Tensor) -> torch.memory_format:
+    """The memory format of `input`'s gradient: channels_last where the input lies so."""
+    by_pixel = input.is_contiguous(memory_format=torch.channels_last)
+    return (
+        torch.channels_last if by_pixel and not input.is_contiguous() else torch.contiguous_format
+    )
+
+
 def _split(input: Tensor, blocks: int, group_size: int) -> Tensor:
     images, channels, height, width = input.shape
     depth = channels // (blocks * group_size**2)
