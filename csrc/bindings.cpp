@@ -16,6 +16,7 @@ int64_t version() { return VERSION; }
 STABLE_TORCH_LIBRARY(dcdet_C, m) {
   m.def("version() -> int");
   m.def("vector_bytes() -> int");
+  m.def("has_bfloat16() -> bool");
   m.def(
       "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, "
       "int[] stride, int[] padding, int[] dilation, bool original) -> Tensor");

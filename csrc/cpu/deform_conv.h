@@ -20,18 +20,23 @@ struct ConvShape {
 
 // input (B, H, W, C), weight (O, kh, kw, C / groups), output (B, H', W', O); offset and mask are
 // contiguous (B, 2 * G * K, H', W') and (B, G * K, H', W'); bias (O,) and mask may be null.
-template <typename T>
+// Numbers are S, positions and masks T.
+template <typename S, typename T = S>
 struct ConvForward {
   ConvShape shape;
-  const T *input, *offset, *mask, *weight, *bias;
-  T* output;
+  const S* input;
+  const T *offset, *mask;
+  const S *weight, *bias;
+  S* output;
 };
 
 // Gradients have the layouts of their tensors. grad_input and grad_weight hold zeros on entry.
-template <typename T>
+template <typename S, typename T = S>
 struct ConvBackward {
   ConvShape shape;
-  const T *grad, *input, *offset, *mask, *weight;
+  const S *grad, *input;
+  const T *offset, *mask;
+  const S* weight;
   T *grad_input, *grad_offset, *grad_mask, *grad_weight;
 };
 
@@ -53,7 +58,7 @@ struct ConvKernels {
   void (*find_samples)(const ConvShape&, const T*, int64_t, int64_t, Sample<T>*);
   void (*backward_slice)(const ConvBackward<T>&, Slice, int64_t, int64_t, int64_t,
                          const Sample<T>*, T*, T*);
-  void (*sum_parts)(const ConvBackward<T>&, int64_t, int64_t, int64_t, const T*);
+  void (*sum_parts)(const ConvShape&, int64_t, int64_t, int64_t, const T*, T*, T*);
 };
 
 }  // namespace dcdet

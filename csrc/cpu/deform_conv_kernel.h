@@ -5,6 +5,8 @@
 // Backward: a task owns the gradients of one vector pair of input channels (a slice) for all pixels
 // of a band; so nothing is added by two threads, and the sums do not depend on their number.
 
+#include "turn.h"
+
 template <typename T>
 struct Lanes {
   typedef T Vector __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(T)), may_alias));
@@ -145,9 +147,9 @@ void pack_forward(const ConvShape& s, const T* weight, int64_t panel, T* packed)
   packed += panel * depth * WIDE<T>;
   const int64_t count = least(WIDE<T>, outputs - first);
   weight += (group * outputs + first) * depth;
+  turn(weight, depth, count, depth, packed, WIDE<T>);
   for (int64_t k = 0; k < depth; ++k)
-    for (int64_t j = 0; j < WIDE<T>; ++j)
-      packed[k * WIDE<T> + j] = j < count ? weight[j * depth + k] : T(0);
+    for (int64_t j = count; j < WIDE<T>; ++j) packed[k * WIDE<T> + j] = T(0);
 }
 
 template <typename T>
@@ -242,6 +244,18 @@ int64_t backward_scratch(const ConvShape& s, int64_t tile) {
   return s.channels + WIDE<T> + tile * outputs + s.taps() * WIDE<T> * (2 * outputs + 2 * tile);
 }
 
+// The gradients of dy, dx and mask, from those of the four corners' weights.
+template <typename T>
+DCDET_INLINE void position_gradients(const Sample<T>& sample, T mask, const T* dots, T* parts) {
+  const T y = sample.y, x = sample.x;
+  const T slope_y = (dots[2] - dots[0]) * (1 - x) + (dots[3] - dots[1]) * x;
+  const T slope_x = (dots[1] - dots[0]) * (1 - y) + (dots[3] - dots[2]) * y;
+  parts[0] = sample.held_y ? T(0) : slope_y * mask;
+  parts[1] = sample.held_x ? T(0) : slope_x * mask;
+  parts[2] = T(0);
+  for (int corner = 0; corner < 4; ++corner) parts[2] += sample.weight(corner) * dots[corner];
+}
+
 // The gradients of one slice over the output pixels first, ..., first + count - 1.
 //
 // partial (count, K, 3) receives the slice's part of the gradients of dy, dx and mask.
@@ -325,14 +339,7 @@ void backward_slice(const ConvBackward<T>& call, Slice slice, int64_t first, int
         }
         at(column) = left_sum;
         at(column + lanes) = right_sum;
-        T* parts = partial + (pixel * taps + tap) * 3;
-        const T y = sample.y, x = sample.x;
-        const T slope_y = (dots[2] - dots[0]) * (1 - x) + (dots[3] - dots[1]) * x;
-        const T slope_x = (dots[1] - dots[0]) * (1 - y) + (dots[3] - dots[2]) * y;
-        parts[0] = sample.held_y ? T(0) : slope_y * mask;
-        parts[1] = sample.held_x ? T(0) : slope_x * mask;
-        parts[2] = T(0);
-        for (int corner = 0; corner < 4; ++corner) parts[2] += sample.weight(corner) * dots[corner];
+        position_gradients(sample, mask, dots, partial + (pixel * taps + tap) * 3);
       }
     }
 
@@ -352,9 +359,8 @@ void backward_slice(const ConvBackward<T>& call, Slice slice, int64_t first, int
 
 // The gradients of offset and mask from the slices' parts (slice, pixel of the band, K, 3).
 template <typename T>
-void sum_parts(const ConvBackward<T>& call, int64_t first, int64_t count, int64_t pixel,
-               const T* partial) {
-  const ConvShape& s = call.shape;
+void sum_parts(const ConvShape& s, int64_t first, int64_t count, int64_t pixel, const T* partial,
+               T* grad_offset, T* grad_mask) {
   const int64_t taps = s.taps(), plane = s.out_height * s.out_width;
   const int64_t image = (first + pixel) / plane, place = (first + pixel) % plane;
   const int64_t offset_inputs = s.channels / s.offset_groups;
@@ -368,9 +374,9 @@ void sum_parts(const ConvBackward<T>& call, int64_t first, int64_t count, int64_
         parts += count * taps * 3;
       }
       const int64_t channel = (image * s.offset_groups + group) * taps + tap;
-      call.grad_offset[2 * channel * plane + place] = sums[0];
-      call.grad_offset[(2 * channel + 1) * plane + place] = sums[1];
-      if (call.grad_mask) call.grad_mask[channel * plane + place] = sums[2];
+      grad_offset[2 * channel * plane + place] = sums[0];
+      grad_offset[(2 * channel + 1) * plane + place] = sums[1];
+      if (grad_mask) grad_mask[channel * plane + place] = sums[2];
     }
   }
 }

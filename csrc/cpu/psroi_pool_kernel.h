@@ -2,6 +2,8 @@
 //
 // A vector holds one number for each of LANES bins.
 
+#include "turn.h"
+
 template <typename T>
 struct Wide {
   typedef T Vector __attribute__((vector_size(LANES * sizeof(T)), aligned(sizeof(T)), may_alias));
@@ -181,64 +183,9 @@ void list_cells(const int32_t* first, const int32_t* count, int64_t stride, int6
   }
 }
 
-#if VECTOR_BYTES == 64
-// One round of turning a square: pairs of rows, `half` apart, swap what lies off their diagonal.
-template <int half>
-DCDET_INLINE void swap_halves(Vector<float>* rows) {
-  constexpr auto own = [](int l) { return l & half ? 16 + l - half : l; };
-  constexpr auto other = [](int l) { return l & half ? 16 + l : l + half; };
-#define ALL(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), \
-               f(13), f(14), f(15)
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) {
-    if (i & half) continue;
-    const Vector<float> upper = rows[i], lower = rows[i + half];
-    rows[i] = __builtin_shuffle(upper, lower, Cells32{ALL(own)});
-    rows[i + half] = __builtin_shuffle(upper, lower, Cells32{ALL(other)});
-  }
-#undef ALL
-}
-#endif
-
-// Move a square of LANES x LANES numbers, turned; steps are the distances between its rows.
-template <typename T>
-DCDET_INLINE void turn(const T* source, int64_t source_step, T* target, int64_t target_step) {
-#if VECTOR_BYTES == 64
-  if constexpr (sizeof(T) == 4) {
-    static_assert(LANES == 16);
-    Vector<T> rows[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) rows[i] = lanes(source + i * source_step);
-    swap_halves<8>(rows);
-    swap_halves<4>(rows);
-    swap_halves<2>(rows);
-    swap_halves<1>(rows);
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) lanes(target + i * target_step) = rows[i];
-    return;
-  }
-#endif
-  for (int64_t i = 0; i < LANES; ++i)
-    for (int64_t l = 0; l < LANES; ++l) target[i * target_step + l] = source[l * source_step + i];
-}
-
-// target (columns, rows) = source (rows, columns), turned; steps as in `turn`.
-template <typename T>
-void turn_all(const T* source, int64_t source_step, int64_t rows, int64_t columns, T* target,
-              int64_t target_step) {
-  const int64_t whole_rows = rows / LANES * LANES, whole_columns = columns / LANES * LANES;
-  for (int64_t row = 0; row < whole_rows; row += LANES)
-    for (int64_t column = 0; column < whole_columns; column += LANES)
-      turn(source + row * source_step + column, source_step, target + column * target_step + row,
-           target_step);
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t column = row < whole_rows ? whole_columns : 0; column < columns; ++column)
-      target[column * target_step + row] = source[row * source_step + column];
-}
-
 template <typename T>
 const PoolKernels<T>& kernels() {
   static const PoolKernels<T> kernels = {list_cells<T>, find_entries<T>, pool<T>,
-                                         spread<T>,     slopes<T>,       turn_all<T>};
+                                         spread<T>,     slopes<T>,       turn<T>};
   return kernels;
 }
