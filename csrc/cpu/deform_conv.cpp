@@ -234,7 +234,7 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& we
   const Tensor output =
       empty_like(input, {s.batch, s.out_channels, s.out_height, s.out_width}, NHWC);
 #ifdef DCDET_AMX
-  if (input.scalar_type() == ScalarType::BFloat16) {
+  if (input.scalar_type() == ScalarType::BFloat16 && has_bfloat16()) {
     run_forward({s, data<BFloat16>(maps), data<float>(shifts), data<float>(factors),
                  data<BFloat16>(matrix), data<BFloat16>(constants), place<BFloat16>(output)});
     return output;
@@ -259,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
   const Tensor grad_offset = empty_like(offset, size_of(offset));
   const Tensor grad_mask = empty_like(offset, mask ? size_of(*mask) : std::vector<int64_t>{0});
 #ifdef DCDET_AMX
-  if (input.scalar_type() == ScalarType::BFloat16) {
+  if (input.scalar_type() == ScalarType::BFloat16 && has_bfloat16()) {
     const Tensor grad_input = empty_like(input, size_of(input), NHWC);
     const Tensor grad_weight = empty_like(input, size_of(weight), NHWC);
     const int64_t numbers = s.out_channels * s.taps() * (s.channels / s.groups);

@@ -151,7 +151,8 @@ DCDET_INLINE void gather(const ConvShape& s, const BFloat16* input, const BFloat
   const BFloat16* rows[4];
   __m512 weights[4];
   for (int corner = 0; corner < 4; ++corner) {
-    rows[corner] = sample.row[corner] < 0 ? zeros : input + sample.row[corner] * s.channels + first;
+    const int64_t pixel = sample.pixel(corner, s.width);
+    rows[corner] = pixel < 0 ? zeros : input + pixel * s.channels + first;
     weights[corner] = _mm512_set1_ps(sample.weight(corner) * mask);
   }
   for (int64_t c = 0; c < count; c += SIDE) {
@@ -356,10 +357,11 @@ void backward_slice(const ConvBackward<BFloat16, float>& call, const BFloat16* t
         __m512 even = _mm512_setzero_ps(), odd = even, products[4];
         for (int corner = 0; corner < 4; ++corner) {
           const __m512 weight = _mm512_set1_ps(sample.weight(corner) * mask);
-          const bool outside = sample.row[corner] < 0;
+          const int64_t pixel_in = sample.pixel(corner, s.width);
+          const bool outside = pixel_in < 0;
           const __m512i words =
               load(outside ? own.zeros
-                           : call.input + sample.row[corner] * s.channels + slice.first,
+                           : call.input + pixel_in * s.channels + slice.first,
                    slice.count);
           const __m512 numbers_even = even_of(words), numbers_odd = odd_of(words);
           even = _mm512_fmadd_ps(weight, numbers_even, even);
@@ -368,7 +370,7 @@ void backward_slice(const ConvBackward<BFloat16, float>& call, const BFloat16* t
           if (outside) continue;
           products[corner] = _mm512_fmadd_ps(grad_odd, numbers_odd,
                                              _mm512_mul_ps(grad_even, numbers_even));
-          float* target = call.grad_input + (sample.row[corner] * slices + index) * SIDE;
+          float* target = call.grad_input + (pixel_in * slices + index) * SIDE;
           _mm512_storeu_ps(target, _mm512_fmadd_ps(weight, grad_even, _mm512_loadu_ps(target)));
           _mm512_storeu_ps(target + 16,
                            _mm512_fmadd_ps(weight, grad_odd, _mm512_loadu_ps(target + 16)));

@@ -84,26 +84,71 @@ DCDET_INLINE int64_t round_up(int64_t value, int64_t multiple) {
 
 DCDET_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// One axis of some samples, as arrays: loops over them become vectors.
+constexpr int64_t SAMPLES = 128;
+
+template <typename T>
+struct Axes {
+  int32_t low[SAMPLES], inside[SAMPLES], held[SAMPLES];
+  T fraction[SAMPLES];
+
+  // Positions are start + begin[i] + shift[i].
+  template <typename F>
+  DCDET_INLINE void find(const F& rule, int32_t start, const int32_t* begin, const T* shift,
+                         int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      const Axis<T> axis = rule(T(start + begin[i]) + shift[i]);
+      low[i] = axis.low;
+      inside[i] = axis.inside;
+      held[i] = axis.held;
+      fraction[i] = axis.fraction;
+    }
+  }
+
+  DCDET_INLINE Axis<T> at(int64_t i) const {
+    return {low[i], fraction[i], inside[i], held[i]};
+  }
+};
+
 // The samples of output pixels first, ..., first + count - 1: (pixel, tap, offset group).
 template <typename T>
 void find_samples(const ConvShape& s, const T* offset, int64_t first, int64_t count,
                   Sample<T>* samples) {
   const int64_t plane = s.out_height * s.out_width, taps = s.taps(), groups = s.offset_groups;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t image = (first + i) / plane, place = (first + i) % plane;
-    const int64_t top = place / s.out_width * s.stride_h - s.pad_h;
-    const int64_t left = place % s.out_width * s.stride_w - s.pad_w;
+  const int height = s.height, width = s.width;
+  const auto zeros_y = [&](T position) { return axis_with_zeros(position, height); };
+  const auto zeros_x = [&](T position) { return axis_with_zeros(position, width); };
+  const auto release_y = [&](T position) { return axis_of_release(position, height); };
+  const auto release_x = [&](T position) { return axis_of_release(position, width); };
+  int32_t tops[SAMPLES], lefts[SAMPLES];
+  Axes<T> y, x;
+  while (count > 0) {  // some pixels of one image
+    const int64_t image = first / plane, place = first % plane;
+    const int64_t n = least(SAMPLES, least(count, plane - place));
+    for (int64_t i = 0; i < n; ++i) {
+      tops[i] = (place + i) / s.out_width * s.stride_h - s.pad_h;
+      lefts[i] = (place + i) % s.out_width * s.stride_w - s.pad_w;
+    }
     const T* shifts = offset + image * 2 * groups * taps * plane + place;
-    int64_t tap = 0;
-    for (int64_t i_h = 0; i_h < s.kernel_h; ++i_h)
-      for (int64_t i_w = 0; i_w < s.kernel_w; ++i_w, ++tap)
-        for (int64_t group = 0; group < groups; ++group) {
-          const T* shift = shifts + 2 * (group * taps + tap) * plane;
-          const T y = T(top + i_h * s.dilation_h) + shift[0];
-          const T x = T(left + i_w * s.dilation_w) + shift[plane];
-          *samples++ = sample_at(y, x, s.height, s.width, s.release_border,
-                                 image * s.height * s.width);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int32_t down = tap / s.kernel_w * s.dilation_h, right = tap % s.kernel_w * s.dilation_w;
+      for (int64_t group = 0; group < groups; ++group) {
+        const T* shift = shifts + 2 * (group * taps + tap) * plane;
+        if (s.release_border) {
+          y.find(release_y, down, tops, shift, n);
+          x.find(release_x, right, lefts, shift + plane, n);
+        } else {
+          y.find(zeros_y, down, tops, shift, n);
+          x.find(zeros_x, right, lefts, shift + plane, n);
         }
+        for (int64_t i = 0; i < n; ++i)
+          samples[(i * taps + tap) * groups + group] =
+              sample_at(y.at(i), x.at(i), height, width, image * s.height * s.width);
+      }
+    }
+    samples += n * taps * groups;
+    first += n;
+    count -= n;
   }
 }
 
@@ -124,7 +169,8 @@ DCDET_INLINE void gather(const ConvShape& s, const T* input, const T* zeros,
   const T* rows[4];
   T weights[4];
   for (int corner = 0; corner < 4; ++corner) {
-    rows[corner] = sample.row[corner] < 0 ? zeros : input + sample.row[corner] * s.channels + first;
+    const int64_t pixel = sample.pixel(corner, s.width);
+    rows[corner] = pixel < 0 ? zeros : input + pixel * s.channels + first;
     weights[corner] = sample.weight(corner) * mask;
   }
   int64_t c = 0;
@@ -317,8 +363,8 @@ void backward_slice(const ConvBackward<T>& call, Slice slice, int64_t first, int
         T dots[4], padding[wide];
         for (int corner = 0; corner < 4; ++corner) {
           const T weight = sample.weight(corner) * mask;
-          const bool outside = sample.row[corner] < 0;
-          const int64_t place = sample.row[corner] * s.channels + slice.first;
+          const int64_t place = sample.pixel(corner, s.width) * s.channels + slice.first;
+          const bool outside = place < 0;
           const T* source = outside ? zeros : call.input + place;
           if (!outside && slice.count < wide) {
             for (int64_t c = 0; c < wide; ++c) padding[c] = c < slice.count ? source[c] : T(0);

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <stdexcept>
 #include <vector>
 
 namespace dcdet {
@@ -66,10 +67,13 @@ T* place(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Call `function` with a zero of the tensor's dtype, float or double.
+// Call `function` with a zero of the tensor's dtype, float or double; others are refused.
 template <typename F>
 void by_dtype(const Tensor& tensor, const F& function) {
-  tensor.scalar_type() == ScalarType::Double ? function(double()) : function(float());
+  const ScalarType type = tensor.scalar_type();
+  if (type != ScalarType::Float && type != ScalarType::Double)
+    throw std::runtime_error("dcdet's kernels: a dtype that they do not compute in on this CPU");
+  type == ScalarType::Double ? function(double()) : function(float());
 }
 
 }  // namespace dcdet
