@@ -5,6 +5,7 @@ Both ways give the same numbers, but for rounding. `DCDET_KERNELS=0` switches th
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,36 @@ def _load(library: Path) -> str:
 
 missing = _load(LIBRARY)  # why the kernels are not in use, or ""
 kernels: Any = torch.ops.dcdet_C
+bfloat16: bool = not missing and kernels.has_bfloat16()  # deform_conv2d on this CPU
+
+_library = torch.library.Library("dcdet", "FRAGMENT")
 
 
-def covers(input: Tensor) -> bool:
-    """Whether the kernels take over for `input`'s device and dtype."""
-    return (
-        not missing and input.device.type == "cpu" and input.dtype in (torch.float32, torch.float64)
-    )
+def covers(op: str, input: Tensor) -> bool:
+    """Whether a kernel computes `op` on `input`'s device in its dtype.
+
+    Others are computed in float32, by the kernels or on torch.
+    """
+    if missing or input.device.type != "cpu":
+        return False
+    if input.dtype == torch.bfloat16:
+        return op == "deform_conv2d" and bfloat16
+    return input.dtype in (torch.float32, torch.float64)
+
+
+def below_autocast(op: Callable[..., Any], name: str) -> None:
+    """Under autocast, run `op` on its arguments as they are.
+
+    Its public function has chosen their dtypes: autocast would choose one for all of them, or have
+    the products inside the operator in another.
+    """
+    for device in ("cpu", "cuda"):
+
+        def run(*arguments: Any, device: str = device) -> Any:
+            with torch.autocast(device, enabled=False):
+                return op(*arguments)
+
+        _library.impl(name, run, f"Autocast{device.upper()}")
 
 
 def describe() -> str:
@@ -53,4 +77,5 @@ def describe() -> str:
     if missing:
         return f"kernels: none, the operators run on torch, slower ({missing})"
     names = {64: "AVX512", 32: "AVX2"}
-    return f"kernels: compiled for CPU, {names.get(kernels.vector_bytes(), 'baseline')} in use"
+    units = names.get(kernels.vector_bytes(), "baseline") + (" and AMX" if bfloat16 else "")
+    return f"kernels: compiled for CPU, {units} in use"

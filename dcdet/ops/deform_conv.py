@@ -55,8 +55,9 @@ def deform_conv2d(
 
     Shapes: input (B, C, H, W), offset (B, 2 * G * K, H', W'), weight (O, C / groups, kh, kw),
     bias (O,), mask (B, G * K, H', W') -> (B, O, H', W') in channels_last memory. Groups and offset
-    groups follow from the shapes. Offset and mask have the input's dtype or float32; half types are
-    computed in float32. Raises TypeError and ValueError, naming the argument.
+    groups follow from the shapes. Offset and mask have the input's dtype or float32. Half types are
+    computed in float32 and rounded once; only bfloat16 on a CPU with AMX has its samples rounded,
+    too. Raises TypeError and ValueError, naming the argument.
     """
     op = "deform_conv2d"
     checks.floating(op, "input", input, 4)
@@ -98,10 +99,14 @@ def deform_conv2d(
         wanted_shape = (batch, offset_groups * taps, out_h, out_w)
         checks.shape(op, "mask", mask, wanted_shape, "(B, G * K, H', W')")
 
-    dtype = checks.compute_dtype(input)
-    tensors = [None if t is None else t.to(dtype) for t in (input, offset, weight, bias, mask)]
+    positions = checks.compute_dtype(input)
+    dtype = input.dtype if compiled.covers(op, input) else positions
+    tensors = [None if t is None else t.to(dtype) for t in (input, weight, bias)]
+    shifts = [None if t is None else t.to(positions) for t in (offset, mask)]
     geometry = (strides, paddings, dilations, border == "original")
-    output: Tensor = _deform_conv2d(*tensors, *geometry)
+    output: Tensor = _deform_conv2d(
+        tensors[0], shifts[0], tensors[1], tensors[2], shifts[1], *geometry
+    )
     return output.to(input.dtype)
 
 
@@ -254,7 +259,7 @@ def _deform_conv2d(
     dilation: list[int],
     original: bool,
 ) -> Tensor:
-    if compiled.covers(input):
+    if compiled.covers("deform_conv2d", input):
         geometry = (stride, padding, dilation, original)
         return compiled.kernels.deform_conv2d(input, offset, weight, bias, mask, *geometry)
     sampler = _Sampler(input, offset, weight, mask, original)
@@ -288,7 +293,7 @@ def _deform_conv2d_backward(
     The columns are sampled anew: that takes a tenth of the time of the products around it, and no
     memory outlives a run.
     """
-    if compiled.covers(input):
+    if compiled.covers("deform_conv2d", input):
         geometry = (stride, padding, dilation, original)
         return compiled.kernels.deform_conv2d_backward(grad, input, offset, weight, mask, *geometry)
     sampler = _Sampler(input, offset, weight, mask, original)
@@ -359,6 +364,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _deform_conv2d.register_autograd(_backward, setup_context=_save)
-for _op in (_deform_conv2d, _deform_conv2d_backward):
-    for _device in ("cpu", "cuda"):
-        _op.register_autocast(_device, torch.float32)
+compiled.below_autocast(_deform_conv2d, "deform_conv2d")
+compiled.below_autocast(_deform_conv2d_backward, "deform_conv2d_backward")

@@ -341,7 +341,7 @@ def _deform_psroi_pool(
 ) -> Tensor:
     """`grid` is (output_dim, group_size, pooled_size, part_size, sample_per_part)."""
     pooling = _Pooling(input, rois, trans, grid, scale, std)
-    if compiled.covers(input):
+    if compiled.covers("deform_psroi_pool", input):
         return compiled.kernels.deform_psroi_pool(input, *pooling.for_kernel())
     return _rows_forward(pooling) if pooling.blocks == 1 else _planes_forward(pooling)
 
@@ -361,7 +361,7 @@ def _deform_psroi_pool_backward(
     RoIs without a gradient are passed over: hard-example mining leaves most of them so.
     """
     no_trans = grad.new_empty(0)
-    if compiled.covers(input):
+    if compiled.covers("deform_psroi_pool", input):
         pooling = _Pooling(input, rois, trans, grid, scale, std)
         backward = compiled.kernels.deform_psroi_pool_backward
         moved = trans is not None
@@ -404,6 +404,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _deform_psroi_pool.register_autograd(_backward, setup_context=_save)
-for _op in (_deform_psroi_pool, _deform_psroi_pool_backward):
-    for _device in ("cpu", "cuda"):
-        _op.register_autocast(_device, torch.float32)
+compiled.below_autocast(_deform_psroi_pool, "deform_psroi_pool")
+compiled.below_autocast(_deform_psroi_pool_backward, "deform_psroi_pool_backward")

@@ -116,7 +116,7 @@ def _psroi_pool(
     pooled_size: int,
 ) -> Tensor:
     bins = _Bins(input.shape, rois, spatial_scale, group_size, pooled_size)
-    if compiled.covers(input):
+    if compiled.covers("psroi_pool", input):
         pooled = compiled.kernels.psroi_pool(input, bins.images, bins.edges, group_size)
         if bins.broken.any():
             pooled[bins.broken] = torch.nan
@@ -145,7 +145,7 @@ def _psroi_pool_backward(
     """The gradient of the input, in channels_last memory if so wanted."""
     shape = torch.Size(input_shape)
     bins = _Bins(shape, rois, spatial_scale, group_size, pooled_size)
-    if compiled.covers(grad):
+    if compiled.covers("psroi_pool", grad):
         geometry = (bins.images, bins.edges, input_shape, group_size, channels_last)
         return compiled.kernels.psroi_pool_backward(grad, *geometry)
     shares = grad.permute(0, 2, 3, 1) / bins.areas.clamp(min=1)[..., None]
@@ -192,6 +192,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _psroi_pool.register_autograd(_backward, setup_context=_save)
-for _op in (_psroi_pool, _psroi_pool_backward):
-    for _device in ("cpu", "cuda"):
-        _op.register_autocast(_device, torch.float32)
+compiled.below_autocast(_psroi_pool, "psroi_pool")
+compiled.below_autocast(_psroi_pool_backward, "psroi_pool_backward")
