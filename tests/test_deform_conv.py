@@ -10,6 +10,7 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dcdet.ops import compiled, deform_conv2d, reference
 
@@ -434,6 +435,49 @@ def test_wrong_groups() -> None:
     good = case(groups=2, dtype=torch.float32)
     with pytest.raises(ValueError, match="weight must be of O divisible by the 2 groups"):
         deform_conv2d(**good | {"weight": torch.zeros(3, 1, 3, 3), "bias": None})
+
+
+@pytest.mark.parametrize("fake", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_operator_refuses_what_the_function_refuses(backward: bool, fake: bool) -> None:
+    """Whoever calls the operator itself, its backward or its fake kernel: never a read outside."""
+    good = {name: case(dtype=torch.float32)[name] for name in TENSORS}
+    good |= {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1]}
+    if backward:
+        good["grad"] = torch.zeros(2, 2, 7, 6)
+
+    def call(change: dict[str, Any]) -> None:
+        arguments = good | change
+        if fake:
+            mode = FakeTensorMode()
+            arguments = {
+                k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in arguments.items()
+            }
+        names = ["weight", "mask"] if backward else ["weight", "bias", "mask"]
+        tensors = [arguments[name] for name in ("input", "offset", *names)]
+        geometry = [arguments[name] for name in ("stride", "padding", "dilation")]
+        if backward:
+            module._deform_conv2d_backward(arguments["grad"], *tensors, *geometry, False)
+        else:
+            module._deform_conv2d(*tensors, *geometry, False)
+
+    call({})
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"weight": torch.zeros(2, 0, 3, 3)}, "weight must be"),
+        ({"weight": torch.zeros(2, 1, 0, 3)}, "weight must be"),
+        ({"offset": torch.zeros(2, 2, 7, 6)}, "offset must be"),
+        ({"offset": torch.zeros(1, 18, 7, 6)}, "offset must be"),
+        ({"offset": torch.zeros(2, 18, 7, 6).bfloat16()}, "offset must be"),
+        ({"mask": torch.zeros(2, 9, 7, 5)}, "mask must be"),
+        ({"stride": [0, 1]}, "stride must be"),
+        ({"stride": [1]}, "stride must be"),
+        ({"dilation": [1, 0]}, "dilation must be"),
+        ({"padding": [0, 0], "dilation": [9, 9]}, "kernel must be"),
+        ({"grad": torch.zeros(2, 2, 7, 5)} if backward else {"bias": torch.zeros(3)}, "must be"),
+    ]
+    for change, message in bad:
+        with pytest.raises((TypeError, ValueError), match=f"deform_conv2d: .*{message}"):
+            call(change)
 
 
 def test_operator_contract() -> None:

@@ -24,6 +24,8 @@ from dcdet.ops.rois import (
 )
 from dcdet.ops.rows import scatter_rows
 
+OP = "psroi_pool"
+
 # Cells listed at once; a cell takes about 40 bytes.
 CELLS = 4 << 20
 
@@ -42,7 +44,7 @@ def psroi_pool(
     no gradient. `spatial_scale` is map pixels per image pixel. Raises TypeError and ValueError,
     naming the argument.
     """
-    check_rois("psroi_pool", input, rois, spatial_scale, output_dim, group_size, pooled_size)
+    check_rois(OP, input, rois, spatial_scale, output_dim, group_size, pooled_size)
     dtype = checks.compute_dtype(input)
     output: Tensor = _psroi_pool(
         input.to(dtype), rois.to(dtype), float(spatial_scale), output_dim, group_size, pooled_size
@@ -72,7 +74,7 @@ class _Bins:
         self.height, self.width = shape[2:]
         self.pooled, self.group_size = pooled_size, group_size
         self.broken = rois.isnan().any(1)
-        self.images = image_indices("psroi_pool", rois, shape[0])
+        self.images = image_indices(OP, rois, shape[0])
         bins = torch.arange(pooled_size, device=rois.device, dtype=rois.dtype)
         start, end = (edge[..., None] for edge in spans(rois, scale))
         bin_size = (end - start).clamp(min=0.1) / pooled_size
@@ -115,8 +117,9 @@ def _psroi_pool(
     group_size: int,
     pooled_size: int,
 ) -> Tensor:
+    check_rois(OP, input, rois, spatial_scale, output_dim, group_size, pooled_size)
     bins = _Bins(input.shape, rois, spatial_scale, group_size, pooled_size)
-    if compiled.covers("psroi_pool", input):
+    if compiled.covers(OP, input):
         pooled = compiled.kernels.psroi_pool(input, bins.images, bins.edges, group_size)
         if bins.broken.any():
             pooled[bins.broken] = torch.nan
@@ -143,9 +146,11 @@ def _psroi_pool_backward(
     channels_last: bool,
 ) -> Tensor:
     """The gradient of the input, in channels_last memory if so wanted."""
+    depth = grad.shape[1]
+    check_rois(OP, input_shape, rois, spatial_scale, depth, group_size, pooled_size, grad)
     shape = torch.Size(input_shape)
     bins = _Bins(shape, rois, spatial_scale, group_size, pooled_size)
-    if compiled.covers("psroi_pool", grad):
+    if compiled.covers(OP, grad):
         geometry = (bins.images, bins.edges, input_shape, group_size, channels_last)
         return compiled.kernels.psroi_pool_backward(grad, *geometry)
     shares = grad.permute(0, 2, 3, 1) / bins.areas.clamp(min=1)[..., None]
@@ -171,12 +176,23 @@ def _(
     group_size: int,
     pooled_size: int,
 ) -> Tensor:
+    check_rois(OP, input, rois, spatial_scale, output_dim, group_size, pooled_size)
     return input.new_empty(rois.shape[0], output_dim, pooled_size, pooled_size)
 
 
 @_psroi_pool_backward.register_fake
-def _(grad: Tensor, rois: Tensor, input_shape: list[int], *rest: Any) -> Tensor:
-    return grad.new_empty(input_shape).contiguous(memory_format=_format(rest[-1]))
+def _(
+    grad: Tensor,
+    rois: Tensor,
+    input_shape: list[int],
+    spatial_scale: float,
+    group_size: int,
+    pooled_size: int,
+    channels_last: bool,
+) -> Tensor:
+    depth = grad.shape[1]
+    check_rois(OP, input_shape, rois, spatial_scale, depth, group_size, pooled_size, grad)
+    return grad.new_empty(input_shape).contiguous(memory_format=_format(channels_last))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
