@@ -66,8 +66,8 @@ void run_forward(const ConvForward<T>& call) {
   });
 }
 
-// Bytes of samples and partial sums that are held at once.
-constexpr int64_t BAND_BYTES = 1 << 21;
+// Bytes of samples and partial sums, and of columns, that are held at once.
+constexpr int64_t BAND_BYTES = 1 << 21, COLUMN_BYTES = 1 << 23;
 
 template <typename T>
 std::vector<Slice> slices_of(const ConvShape& s) {
@@ -77,50 +77,161 @@ std::vector<Slice> slices_of(const ConvShape& s) {
   return slices;
 }
 
-// Call work(slice's number, first pixel, pixels, samples, partial sums) for all slices of a band of
-// pixels, band after band; then add the partial sums up to the gradients of offset and mask.
-template <typename T, typename F>
-void for_each_band(const ConvShape& s, int64_t slices, int64_t bytes, int64_t multiple,
-                   const T* offset, T* grad_offset, T* grad_mask, const F& work) {
+// Tiles of a band of pixels.
+struct Band {
+  int64_t first, count, tile;
+
+  int64_t tiles() const { return ceil_divide(count, tile); }
+  int64_t rows(int64_t i) const { return std::min(tile, count - i * tile); }
+};
+
+// Each slice by one thread.
+template <typename Work>
+void by_slices(const Work& work, const BackwardSizes& sizes, const Band& band) {
+  torch::stable::parallel_for(0, work.slices.size(), 1, [&](int64_t begin, int64_t end) {
+    const typename Work::Thread thread;
+    Buffer<char> weights(sizes.weights), grad_weights(sizes.grad_weights);
+    Buffer<char> columns(sizes.columns), scratch(sizes.scratch);
+    for (int64_t slice = begin; slice < end; ++slice) {
+      work.pack(slice, weights.get());
+      for (int64_t i = 0; i < band.tiles(); ++i) {
+        work.find_columns(true, slice, band, i, weights.get(), scratch.get(), columns.get());
+        work.add_grad_weights(slice, band, i, 0, work.taps(), columns.get(), scratch.get(),
+                              grad_weights.get());
+      }
+      work.add_slice(slice, grad_weights.get());
+    }
+  });
+}
+
+// Each slice by several threads: its tiles side by side, then its sums in their order.
+template <typename Work>
+void by_tiles(const Work& work, const BackwardSizes& sizes, const Band& band) {
+  const int64_t slices = work.slices.size(), taps = work.taps(), sums = taps + 2;
+  const int64_t most = std::max<int64_t>(1, COLUMN_BYTES / (slices * sizes.columns));
+  const int64_t together = std::min(most, band.tiles());
+  Buffer<char> weights(slices * sizes.weights), grad_weights(slices * sizes.grad_weights);
+  Buffer<char> columns(slices * together * sizes.columns);
+  torch::stable::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slice = begin; slice < end; ++slice)
+      work.pack(slice, weights.get() + slice * sizes.weights);
+  });
+  for (int64_t first = 0; first < band.tiles(); first += together) {
+    const int64_t tiles = std::min(together, band.tiles() - first);
+    const auto columns_of = [&](int64_t slice, int64_t i) {
+      return columns.get() + (slice * together + i) * sizes.columns;
+    };
+    torch::stable::parallel_for(0, slices * tiles, 1, [&](int64_t begin, int64_t end) {
+      const typename Work::Thread thread;
+      Buffer<char> scratch(sizes.scratch);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t slice = task / tiles, i = task % tiles;
+        work.find_columns(false, slice, band, first + i, weights.get() + slice * sizes.weights,
+                          scratch.get(), columns_of(slice, i));
+      }
+    });
+    torch::stable::parallel_for(0, slices * sums, 1, [&](int64_t begin, int64_t end) {
+      const typename Work::Thread thread;
+      Buffer<char> scratch(sizes.scratch);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t slice = task / sums, tap = task % sums - 2;
+        for (int64_t i = 0; i < tiles; ++i)
+          if (tap < 0)
+            work.scatter_columns(slice, tap + 2, band, first + i, columns_of(slice, i));
+          else
+            work.add_grad_weights(slice, band, first + i, tap, tap + 1, columns_of(slice, i),
+                                  scratch.get(), grad_weights.get() + slice * sizes.grad_weights);
+      }
+    });
+  }
+  torch::stable::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t slice = begin; slice < end; ++slice)
+      work.add_slice(slice, grad_weights.get() + slice * sizes.grad_weights);
+  });
+}
+
+// All gradients, a band of pixels after another: first the samples, then `work` on the slices, then
+// the sums of their parts of the gradients of offset and mask.
+template <typename T, typename Work>
+void run_bands(Work& work, int64_t bytes, int64_t tile, int64_t multiple, const T* offset,
+               T* grad_offset, T* grad_mask) {
+  const ConvShape& s = work.call.shape;
   const ConvKernels<T>& kernels = best<T>();
-  const int64_t pixels = s.pixels(), taps = s.taps();
+  const int64_t pixels = s.pixels(), taps = s.taps(), slices = work.slices.size();
+  if (!pixels) return;
   const int64_t per_pixel = taps * (s.offset_groups * sizeof(Sample<T>) + slices * 3 * sizeof(T));
-  int64_t band = std::max<int64_t>(bytes / per_pixel, 128);
-  band = ceil_divide(ceil_divide(pixels, ceil_divide(pixels, band)), multiple) * multiple;
-  Buffer<Sample<T>> samples(band * taps * s.offset_groups);
-  Buffer<T> partial(slices * band * taps * 3);
-  for (int64_t first = 0; first < pixels; first += band) {
-    const int64_t count = std::min(band, pixels - first);
-    torch::stable::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
+  int64_t count = std::max<int64_t>(bytes / per_pixel, 128);
+  count = ceil_divide(ceil_divide(pixels, ceil_divide(pixels, count)), multiple) * multiple;
+  tile = std::min(tile, ceil_divide(count, multiple) * multiple);
+  Buffer<Sample<T>> samples(count * taps * s.offset_groups);
+  Buffer<T> partial(slices * count * taps * 3);
+  work.samples = samples.get();
+  work.partial = partial.get();
+  const BackwardSizes sizes = work.sizes(tile);
+  for (int64_t first = 0; first < pixels; first += count) {
+    const Band band = {first, std::min(count, pixels - first), tile};
+    torch::stable::parallel_for(0, band.count, 64, [&](int64_t begin, int64_t end) {
       kernels.find_samples(s, offset, first + begin, end - begin,
                            samples.get() + begin * taps * s.offset_groups);
     });
-    torch::stable::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
-      work(begin, end, first, count, samples.get(), partial.get());
-    });
-    torch::stable::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
+    torch::stable::get_num_threads() > slices ? by_tiles(work, sizes, band)
+                                              : by_slices(work, sizes, band);
+    torch::stable::parallel_for(0, band.count, 64, [&](int64_t begin, int64_t end) {
       for (int64_t pixel = begin; pixel < end; ++pixel)
-        kernels.sum_parts(s, first, count, pixel, partial.get(), grad_offset, grad_mask);
+        kernels.sum_parts(s, first, band.count, pixel, partial.get(), grad_offset, grad_mask);
     });
   }
 }
 
 template <typename T>
-void run_backward(const ConvBackward<T>& call) {
-  const ConvShape& s = call.shape;
+struct Work {
+  struct Thread {
+    Thread() {}
+  };
+  const ConvBackward<T>& call;
+  const std::vector<Slice> slices = slices_of<T>(call.shape);
   const ConvKernels<T>& kernels = best<T>();
-  const std::vector<Slice> slices = slices_of<T>(s);
-  const int64_t tile = std::min<int64_t>(s.pixels(), 112), parts = s.taps() * 3;
-  if (!s.pixels()) return;
-  for_each_band<T>(
-      s, slices.size(), BAND_BYTES, 1, call.offset, call.grad_offset, call.grad_mask,
-      [&](int64_t begin, int64_t end, int64_t first, int64_t count, const Sample<T>* samples,
-          T* partial) {
-        Buffer<T> scratch(kernels.backward_scratch(s, tile));
-        for (int64_t i = begin; i < end; ++i)
-          kernels.backward_slice(call, slices[i], first, count, tile, samples,
-                                 partial + i * count * parts, scratch.get());
-      });
+  const Sample<T>* samples = nullptr;
+  T* partial = nullptr;
+
+  int64_t taps() const { return call.shape.taps(); }
+  BackwardSizes sizes(int64_t tile) const { return kernels.backward_sizes(call.shape, tile); }
+  const Sample<T>* samples_of(const Band& band, int64_t i) const {
+    return samples + i * band.tile * taps() * call.shape.offset_groups;
+  }
+  static T* numbers(char* memory) { return reinterpret_cast<T*>(memory); }
+
+  void pack(int64_t slice, char* weights) const {
+    kernels.pack_slice(call, slices[slice], numbers(weights));
+  }
+  void find_columns(bool scatter, int64_t slice, const Band& band, int64_t i, char* weights,
+                    char* scratch, char* columns) const {
+    (scatter ? kernels.find_and_scatter_columns : kernels.find_columns)(
+        call, slices[slice], band.first + i * band.tile, band.rows(i), band.tile,
+        samples_of(band, i), numbers(weights), numbers(scratch), numbers(columns),
+        partial + (slice * band.count + i * band.tile) * taps() * 3);
+  }
+  void scatter_columns(int64_t slice, int64_t half, const Band& band, int64_t i,
+                       char* columns) const {
+    kernels.scatter_columns(call, slices[slice], half, band.first + i * band.tile, band.rows(i),
+                            band.tile, samples_of(band, i), numbers(columns));
+  }
+  void add_grad_weights(int64_t slice, const Band& band, int64_t i, int64_t begin, int64_t end,
+                        char* columns, char* scratch, char* grad_weights) const {
+    kernels.add_grad_weights(call, slices[slice], band.first + i * band.tile, band.rows(i),
+                             band.tile, begin, end, i > 0, numbers(columns), numbers(scratch),
+                             numbers(grad_weights));
+  }
+  void add_slice(int64_t slice, char* grad_weights) const {
+    kernels.add_slice(call, slices[slice], numbers(grad_weights));
+  }
+};
+
+template <typename T>
+void run_backward(const ConvBackward<T>& call) {
+  Work<T> work{call};
+  const int64_t rows = work.kernels.rows;
+  run_bands<T>(work, BAND_BYTES, 112, rows, call.offset, call.grad_offset, call.grad_mask);
 }
 
 // Whether bfloat16 has kernels of its own here.
@@ -163,37 +274,70 @@ void run_forward(const ConvForward<BFloat16, float>& call) {
   });
 }
 
+struct AmxWork {
+  using Thread = amx::Tiles;
+  ConvBackward<BFloat16, float> call;
+  const std::vector<Slice> slices = slices_of<float>(call.shape);
+  const BFloat16* turned = nullptr;
+  const Sample<float>* samples = nullptr;
+  float* partial = nullptr;
+
+  int64_t taps() const { return call.shape.taps(); }
+  BackwardSizes sizes(int64_t tile) const { return amx::backward_sizes(call.shape, tile); }
+  const Sample<float>* samples_of(const Band& band, int64_t i) const {
+    return samples + i * band.tile * taps() * call.shape.offset_groups;
+  }
+  static BFloat16* numbers(char* memory) { return reinterpret_cast<BFloat16*>(memory); }
+  static float* sums(char* memory) { return reinterpret_cast<float*>(memory); }
+
+  void pack(int64_t slice, char* weights) const {
+    amx::pack_slice(call, slices[slice], numbers(weights));
+  }
+  void find_columns(bool scatter, int64_t slice, const Band& band, int64_t i, char* weights,
+                    char* scratch, char* columns) const {
+    (scatter ? amx::find_columns<true> : amx::find_columns<false>)(
+        call, slices[slice], slice, slices.size(), band.first + i * band.tile, band.rows(i),
+        band.tile, samples_of(band, i), numbers(weights), numbers(scratch), sums(columns),
+        partial + (slice * band.count + i * band.tile) * taps() * 3);
+  }
+  void scatter_columns(int64_t slice, int64_t half, const Band& band, int64_t i,
+                       char* columns) const {
+    amx::scatter_columns(call, slices[slice], slice, slices.size(), half,
+                         band.first + i * band.tile, band.rows(i), band.tile, samples_of(band, i),
+                         sums(columns));
+  }
+  void add_grad_weights(int64_t slice, const Band& band, int64_t i, int64_t begin, int64_t end,
+                        char* columns, char*, char* grad_weights) const {
+    amx::add_grad_weights(call.shape, turned, slices[slice], band.first + i * band.tile,
+                          band.rows(i), band.tile, begin, end, i > 0, sums(columns),
+                          sums(grad_weights));
+  }
+  void add_slice(int64_t slice, char* grad_weights) const {
+    amx::add_slice(call, slices[slice], sums(grad_weights));
+  }
+};
+
 // grad_weight holds zeros on entry; the gradient of the input goes to `grad_input`.
-void run_backward(ConvBackward<BFloat16, float> call, BFloat16* grad_input) {
+void run_backward(const ConvBackward<BFloat16, float>& call, BFloat16* grad_input) {
+  AmxWork work{call};
   const ConvShape& s = call.shape;
-  const std::vector<Slice> slices = slices_of<float>(s);
-  const int64_t pixels = s.pixels(), parts = s.taps() * 3;
-  const int64_t inputs = s.batch * s.height * s.width, row = slices.size() * amx::SIDE;
+  const int64_t inputs = s.batch * s.height * s.width, row = work.slices.size() * amx::SIDE;
   Buffer<float> sums(inputs * row);
   std::memset(sums.get(), 0, inputs * row * sizeof(float));
-  call.grad_input = sums.get();
-  const int64_t blocks = ceil_divide(pixels, amx::SIDE);
+  work.call.grad_input = sums.get();
+  const int64_t blocks = ceil_divide(s.pixels(), amx::SIDE);
   const int64_t outputs = ceil_divide(s.out_channels / s.groups, amx::SIDE) * amx::SIDE;
   Buffer<BFloat16> turned(blocks * amx::SIDE * outputs * s.groups);
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block)
       amx::turn_grad(s, call.grad, block, turned.get());
   });
-  constexpr int64_t tile = 256;
-  if (pixels)
-    for_each_band<float>(
-        s, slices.size(), 4 * BAND_BYTES, amx::SIDE, call.offset, call.grad_offset, call.grad_mask,
-        [&](int64_t begin, int64_t end, int64_t first, int64_t count, const Sample<float>* samples,
-            float* partial) {
-          const amx::Tiles tiles;
-          Buffer<char> scratch(amx::backward_scratch(s, tile));
-          for (int64_t i = begin; i < end; ++i)
-            amx::backward_slice(call, turned.get(), slices[i], i, slices.size(), first, count, tile,
-                                samples, partial + i * count * parts, scratch.get());
-        });
+  work.turned = turned.get();
+  run_bands<float>(work, 4 * BAND_BYTES, 256, amx::SIDE, call.offset, call.grad_offset,
+                   call.grad_mask);
   torch::stable::parallel_for(0, inputs, 256, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      amx::join_slices(sums.get() + i * row, slices, grad_input + i * s.channels);
+      amx::join_slices(sums.get() + i * row, work.slices, grad_input + i * s.channels);
   });
 }
 #endif

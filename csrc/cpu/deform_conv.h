@@ -45,19 +45,32 @@ struct Slice {
   int64_t first, count;
 };
 
+// Bytes that the backward pass needs: of a slice's weights and of its part of their gradient, of a
+// tile's columns and their gradients, of what else a tile needs.
+struct BackwardSizes {
+  int64_t weights, grad_weights, columns, scratch;
+};
+
 // One instruction set's kernels; see deform_conv_kernel.h.
 template <typename T>
 struct ConvKernels {
+  using Columns = void (*)(const ConvBackward<T>&, Slice, int64_t, int64_t, int64_t,
+                           const Sample<T>*, const T*, T*, T*, T*);
   int64_t rows;
   int64_t (*packed_panels)(const ConvShape&);
   void (*pack_forward)(const ConvShape&, const T*, int64_t, T*);
   int64_t (*forward_scratch)(const ConvShape&, int64_t);
   void (*forward_tile)(const ConvForward<T>&, const T*, int64_t, int64_t, int64_t, Sample<T>*, T*);
   Slice (*next_slice)(const ConvShape&, Slice);
-  int64_t (*backward_scratch)(const ConvShape&, int64_t);
   void (*find_samples)(const ConvShape&, const T*, int64_t, int64_t, Sample<T>*);
-  void (*backward_slice)(const ConvBackward<T>&, Slice, int64_t, int64_t, int64_t,
-                         const Sample<T>*, T*, T*);
+  BackwardSizes (*backward_sizes)(const ConvShape&, int64_t);
+  void (*pack_slice)(const ConvBackward<T>&, Slice, T*);
+  Columns find_and_scatter_columns, find_columns;
+  void (*scatter_columns)(const ConvBackward<T>&, Slice, int64_t, int64_t, int64_t, int64_t,
+                          const Sample<T>*, const T*);
+  void (*add_grad_weights)(const ConvBackward<T>&, Slice, int64_t, int64_t, int64_t, int64_t,
+                           int64_t, bool, const T*, T*, T*);
+  void (*add_slice)(const ConvBackward<T>&, Slice, const T*);
   void (*sum_parts)(const ConvShape&, int64_t, int64_t, int64_t, const T*, T*, T*);
 };
 

@@ -252,28 +252,6 @@ void turn_grad(const ConvShape& s, const BFloat16* grad, int64_t block, BFloat16
     }
 }
 
-// What a slice holds while it works, and how many bytes of it there are.
-struct SliceMemory {
-  float *grad_columns, *grad_weights;             // (K, tile, 32), (K, outputs, 32)
-  BFloat16 *weights, *columns, *copied, *zeros;   // steps of tiles; (tile, outputs)
-  int64_t bytes;
-
-  SliceMemory(const ConvShape& s, int64_t tile, char* memory) {
-    const int64_t outputs = round_up(s.out_channels / s.groups, SIDE), taps = s.taps();
-    grad_columns = reinterpret_cast<float*>(memory);
-    grad_weights = grad_columns + taps * tile * SIDE;
-    weights = reinterpret_cast<BFloat16*>(grad_weights + taps * outputs * SIDE);
-    columns = weights + taps * outputs * SIDE;
-    copied = columns + taps * tile * SIDE;
-    zeros = copied + tile * outputs;
-    bytes = reinterpret_cast<char*>(zeros + SIDE) - memory;
-  }
-};
-
-int64_t backward_scratch(const ConvShape& s, int64_t tile) {
-  return SliceMemory(s, tile, nullptr).bytes;
-}
-
 // The sums of four vectors.
 DCDET_INLINE __m128 totals(const __m512* v) {
   const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
@@ -283,124 +261,186 @@ DCDET_INLINE __m128 totals(const __m512* v) {
   return _mm_add_ps(_mm256_castps256_ps128(d), _mm256_extractf128_ps(d, 1));
 }
 
-// The gradients of one slice over the output pixels first, ..., first + count - 1, `first` a multiple
-// of 32. `grad_input` (input pixel, slice, 32), even channels first; `turned` as turn_grad left it.
-void backward_slice(const ConvBackward<BFloat16, float>& call, const BFloat16* turned, Slice slice,
-                    int64_t index, int64_t slices, int64_t first, int64_t count, int64_t tile,
-                    const Sample<float>* samples, float* partial, char* scratch) {
-  const ConvShape& s = call.shape;
-  const int64_t taps = s.taps(), inputs = s.channels / s.groups;
-  const int64_t outputs = s.out_channels / s.groups, padded = round_up(outputs, SIDE);
-  const int64_t group = slice.first / inputs, channel = slice.first % inputs;
-  const int64_t offset_group = slice.first / (s.channels / s.offset_groups);
-  const int64_t plane = s.out_height * s.out_width;
-  const SliceMemory own(s, tile, scratch);
-  std::memset(own.zeros, 0, 2 * SIDE);
+// Where a slice stands.
+struct Place {
+  int64_t outputs, padded, group, channel, offset_group;
 
-  // Per tap, steps of 32 output channels: tiles of the even and of the odd input channels.
+  Place(const ConvShape& s, Slice slice)
+      : outputs(s.out_channels / s.groups),
+        padded(round_up(outputs, SIDE)),
+        group(slice.first / (s.channels / s.groups)),
+        channel(slice.first % (s.channels / s.groups)),
+        offset_group(slice.first / (s.channels / s.offset_groups)) {}
+};
+
+// A slice's weights and their gradient (float32) are (K, padded outputs, 32); a tile's columns are
+// (K, tile, 32), after their gradients (float32).
+BackwardSizes backward_sizes(const ConvShape& s, int64_t tile) {
+  const int64_t outputs = round_up(s.out_channels / s.groups, SIDE);
+  const int64_t weights = s.taps() * outputs * SIDE, columns = s.taps() * tile * SIDE;
+  return {2 * weights, 4 * weights, 6 * columns, 2 * (SIDE + tile * outputs)};
+}
+
+// Per tap, steps of 32 output channels: tiles of the even and of the odd input channels.
+void pack_slice(const ConvBackward<BFloat16, float>& call, Slice slice, BFloat16* weights) {
+  const ConvShape& s = call.shape;
+  const Place place(s, slice);
+  const int64_t taps = s.taps(), inputs = s.channels / s.groups;
+  const __m512i low_half = _mm512_set1_epi32(0xffff);
   for (int64_t tap = 0; tap < taps; ++tap)
-    for (int64_t o = 0; o < padded; o += 2) {
+    for (int64_t o = 0; o < place.padded; o += 2) {
       const auto row = [&](int64_t output) {
-        const int64_t place = ((group * outputs + output) * taps + tap) * inputs + channel;
-        return output < outputs ? load(call.weight + place, slice.count) : _mm512_setzero_si512();
+        const int64_t number =
+            ((place.group * place.outputs + output) * taps + tap) * inputs + place.channel;
+        return output < place.outputs ? load(call.weight + number, slice.count)
+                                      : _mm512_setzero_si512();
       };
       const __m512i upper = row(o), lower = row(o + 1);
-      BFloat16* target = own.weights + (tap * padded + o / SIDE * SIDE) * SIDE + o % SIDE / 2 * 32;
-      const __m512i low_half = _mm512_set1_epi32(0xffff);
+      BFloat16* target =
+          weights + (tap * place.padded + o / SIDE * SIDE) * SIDE + o % SIDE / 2 * 32;
       _mm512_storeu_si512(target, _mm512_or_si512(_mm512_and_si512(upper, low_half),
                                                   _mm512_slli_epi32(lower, 16)));
       _mm512_storeu_si512(target + 512, _mm512_or_si512(_mm512_srli_epi32(upper, 16),
                                                         _mm512_andnot_si512(low_half, lower)));
     }
+}
 
-  for (int64_t begin = 0; begin < count; begin += tile) {
-    const int64_t rows = std::min(tile, count - begin), whole = round_up(rows, SIDE);
-    const BFloat16* grad = call.grad + (first + begin) * s.out_channels + group * outputs;
-    int64_t grad_row = s.out_channels;
-    if (rows < whole || outputs < padded) {  // tiles are read whole
-      for (int64_t i = 0; i < whole; ++i)
-        for (int64_t o = 0; o < padded; o += SIDE)
-          _mm512_storeu_si512(own.copied + i * padded + o,
-                              i < rows ? load(grad + i * grad_row + o, outputs - o)
-                                       : _mm512_setzero_si512());
-      grad = own.copied;
-      grad_row = padded;
+// The columns of one slice and tile of pixels first, ..., first + rows - 1, and their gradients.
+//
+// partial (rows, K, 3) receives the slice's part of the gradients of dy, dx and mask. The gradient of
+// the input, `grad_input` (input pixel, slice, 32), even channels first, is added to, or left to
+// scatter_columns.
+template <bool SCATTER>
+void find_columns(const ConvBackward<BFloat16, float>& call, Slice slice, int64_t index,
+                  int64_t slices, int64_t first, int64_t rows, int64_t tile,
+                  const Sample<float>* samples, const BFloat16* weights, BFloat16* scratch,
+                  float* grad_columns, float* partial) {
+  const ConvShape& s = call.shape;
+  const Place place(s, slice);
+  const int64_t taps = s.taps(), plane = s.out_height * s.out_width;
+  const int64_t whole = round_up(rows, SIDE);
+  BFloat16* columns = reinterpret_cast<BFloat16*>(grad_columns + taps * tile * SIDE);
+  BFloat16 *zeros = scratch, *copied = scratch + SIDE;
+  std::memset(zeros, 0, 2 * SIDE);
+  const BFloat16* grad = call.grad + first * s.out_channels + place.group * place.outputs;
+  int64_t grad_row = s.out_channels;
+  if (rows < whole || place.outputs < place.padded) {  // tiles are read whole
+    for (int64_t i = 0; i < whole; ++i)
+      for (int64_t o = 0; o < place.padded; o += SIDE)
+        _mm512_storeu_si512(copied + i * place.padded + o,
+                            i < rows ? load(grad + i * grad_row + o, place.outputs - o)
+                                     : _mm512_setzero_si512());
+    grad = copied;
+    grad_row = place.padded;
+  }
+  for (int64_t tap = 0; tap < taps; ++tap)
+    for (int64_t i = 0; i < rows; i += SIDE)
+      multiply_tiles(grad + i * grad_row, 2 * grad_row, 64, weights + tap * place.padded * SIDE,
+                     place.padded / SIDE, grad_columns + (tap * tile + i) * SIDE, 4 * SIDE, false);
+
+  for (int64_t i = 0; i < whole; ++i) {
+    const float* masks = i < rows ? mask_of(s, call.mask, first + i) : nullptr;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      // Two pixels side by side: the second one's numbers are the words' upper halves.
+      BFloat16* pair = columns + (tap * tile + i / SIDE * SIDE) * SIDE + i % SIDE / 2 * 32;
+      const auto keep = [&](__m512 numbers, BFloat16* words) {
+        __m512i own = rounded(numbers);
+        if (i % 2) own = _mm512_or_si512(_mm512_loadu_si512(words), _mm512_slli_epi32(own, 16));
+        _mm512_storeu_si512(words, own);
+      };
+      if (i >= rows) {
+        keep(_mm512_setzero_ps(), pair);
+        keep(_mm512_setzero_ps(), pair + 512);
+        continue;
+      }
+      const Sample<float>& sample = samples[(i * taps + tap) * s.offset_groups + place.offset_group];
+      const float mask = masks ? masks[(place.offset_group * taps + tap) * plane] : 1.0f;
+      const float* grad_column = grad_columns + (tap * tile + i) * SIDE;
+      const __m512 grad_even = _mm512_loadu_ps(grad_column);
+      const __m512 grad_odd = _mm512_loadu_ps(grad_column + 16);
+      __m512 even = _mm512_setzero_ps(), odd = even, products[4];
+      for (int corner = 0; corner < 4; ++corner) {
+        const __m512 weight = _mm512_set1_ps(sample.weight(corner) * mask);
+        const int64_t pixel = sample.pixel(corner, s.width);
+        const BFloat16* source = pixel < 0 ? zeros : call.input + pixel * s.channels + slice.first;
+        const __m512i words = load(source, slice.count);
+        const __m512 numbers_even = even_of(words), numbers_odd = odd_of(words);
+        even = _mm512_fmadd_ps(weight, numbers_even, even);
+        odd = _mm512_fmadd_ps(weight, numbers_odd, odd);
+        products[corner] = _mm512_setzero_ps();
+        if (pixel < 0) continue;
+        products[corner] =
+            _mm512_fmadd_ps(grad_odd, numbers_odd, _mm512_mul_ps(grad_even, numbers_even));
+        if (!SCATTER) continue;
+        float* target = call.grad_input + (pixel * slices + index) * SIDE;
+        _mm512_storeu_ps(target, _mm512_fmadd_ps(weight, grad_even, _mm512_loadu_ps(target)));
+        _mm512_storeu_ps(target + 16,
+                         _mm512_fmadd_ps(weight, grad_odd, _mm512_loadu_ps(target + 16)));
+      }
+      keep(even, pair);
+      keep(odd, pair + 512);
+      float dots[4];
+      _mm_storeu_ps(dots, totals(products));
+      position_gradients(sample, mask, dots, partial + (i * taps + tap) * 3);
     }
-    for (int64_t tap = 0; tap < taps; ++tap)
-      for (int64_t i = 0; i < rows; i += SIDE)
-        multiply_tiles(grad + i * grad_row, 2 * grad_row, 64, own.weights + tap * padded * SIDE,
-                       padded / SIDE, own.grad_columns + (tap * tile + i) * SIDE, 4 * SIDE, false);
+  }
+}
 
-    for (int64_t i = 0; i < whole; ++i) {
-      const int64_t pixel = begin + i;
-      const float* masks = i < rows ? mask_of(s, call.mask, first + pixel) : nullptr;
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        // Two pixels side by side: the second one's numbers are the words' upper halves.
-        BFloat16* pair = own.columns + tap * tile * SIDE + i / SIDE * SIDE * SIDE + i % SIDE / 2 * 32;
-        const auto keep = [&](__m512 numbers, BFloat16* words) {
-          __m512i own_half = rounded(numbers);
-          if (i % 2)
-            own_half = _mm512_or_si512(_mm512_loadu_si512(words), _mm512_slli_epi32(own_half, 16));
-          _mm512_storeu_si512(words, own_half);
-        };
-        if (i >= rows) {
-          keep(_mm512_setzero_ps(), pair);
-          keep(_mm512_setzero_ps(), pair + 512);
-          continue;
-        }
-        const Sample<float>& sample =
-            samples[(pixel * taps + tap) * s.offset_groups + offset_group];
-        const float mask = masks ? masks[(offset_group * taps + tap) * plane] : 1.0f;
-        const float* grad_column = own.grad_columns + (tap * tile + i) * SIDE;
-        const __m512 grad_even = _mm512_loadu_ps(grad_column);
-        const __m512 grad_odd = _mm512_loadu_ps(grad_column + 16);
-        __m512 even = _mm512_setzero_ps(), odd = even, products[4];
-        for (int corner = 0; corner < 4; ++corner) {
-          const __m512 weight = _mm512_set1_ps(sample.weight(corner) * mask);
-          const int64_t pixel_in = sample.pixel(corner, s.width);
-          const bool outside = pixel_in < 0;
-          const __m512i words =
-              load(outside ? own.zeros
-                           : call.input + pixel_in * s.channels + slice.first,
-                   slice.count);
-          const __m512 numbers_even = even_of(words), numbers_odd = odd_of(words);
-          even = _mm512_fmadd_ps(weight, numbers_even, even);
-          odd = _mm512_fmadd_ps(weight, numbers_odd, odd);
-          products[corner] = _mm512_setzero_ps();
-          if (outside) continue;
-          products[corner] = _mm512_fmadd_ps(grad_odd, numbers_odd,
-                                             _mm512_mul_ps(grad_even, numbers_even));
-          float* target = call.grad_input + (pixel_in * slices + index) * SIDE;
-          _mm512_storeu_ps(target, _mm512_fmadd_ps(weight, grad_even, _mm512_loadu_ps(target)));
-          _mm512_storeu_ps(target + 16,
-                           _mm512_fmadd_ps(weight, grad_odd, _mm512_loadu_ps(target + 16)));
-        }
-        keep(even, pair);
-        keep(odd, pair + 512);
-        float dots[4];
-        _mm_storeu_ps(dots, totals(products));
-        position_gradients(sample, mask, dots, partial + (pixel * taps + tap) * 3);
+// What find_columns left undone, for the even or the odd channels of the slice.
+void scatter_columns(const ConvBackward<BFloat16, float>& call, Slice slice, int64_t index,
+                     int64_t slices, int64_t half, int64_t first, int64_t rows, int64_t tile,
+                     const Sample<float>* samples, const float* grad_columns) {
+  const ConvShape& s = call.shape;
+  const Place place(s, slice);
+  const int64_t taps = s.taps(), plane = s.out_height * s.out_width;
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* masks = mask_of(s, call.mask, first + i);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const Sample<float>& sample = samples[(i * taps + tap) * s.offset_groups + place.offset_group];
+      const float mask = masks ? masks[(place.offset_group * taps + tap) * plane] : 1.0f;
+      const __m512 grad = _mm512_loadu_ps(grad_columns + (tap * tile + i) * SIDE + half * 16);
+      for (int corner = 0; corner < 4; ++corner) {
+        const int64_t pixel = sample.pixel(corner, s.width);
+        if (pixel < 0) continue;
+        const __m512 weight = _mm512_set1_ps(sample.weight(corner) * mask);
+        float* target = call.grad_input + (pixel * slices + index) * SIDE + half * 16;
+        _mm512_storeu_ps(target, _mm512_fmadd_ps(weight, grad, _mm512_loadu_ps(target)));
       }
     }
-
-    const BFloat16* left =
-        turned + (((first + begin) / SIDE) * s.groups + group) * padded * SIDE;
-    for (int64_t tap = 0; tap < taps; ++tap)
-      for (int64_t o = 0; o < padded; o += SIDE)
-        multiply_tiles(left + o * SIDE, 2 * SIDE, 2 * s.groups * padded * SIDE,
-                       own.columns + tap * tile * SIDE, whole / SIDE,
-                       own.grad_weights + (tap * padded + o) * SIDE, 4 * SIDE, begin > 0);
   }
+}
 
+// grad_weights of taps begin, ..., end - 1 = or += those of a tile; `first` is a multiple of 32, and
+// `turned` as turn_grad left it.
+void add_grad_weights(const ConvShape& s, const BFloat16* turned, Slice slice, int64_t first,
+                      int64_t rows, int64_t tile, int64_t begin, int64_t end, bool add,
+                      const float* grad_columns, float* grad_weights) {
+  const Place place(s, slice);
+  const BFloat16* columns =
+      reinterpret_cast<const BFloat16*>(grad_columns + s.taps() * tile * SIDE);
+  const BFloat16* left = turned + (first / SIDE * s.groups + place.group) * place.padded * SIDE;
+  for (int64_t tap = begin; tap < end; ++tap)
+    for (int64_t o = 0; o < place.padded; o += SIDE)
+      multiply_tiles(left + o * SIDE, 2 * SIDE, 2 * s.groups * place.padded * SIDE,
+                     columns + tap * tile * SIDE, round_up(rows, SIDE) / SIDE,
+                     grad_weights + (tap * place.padded + o) * SIDE, 4 * SIDE, add);
+}
+
+// Add a slice's part to the gradient of the weights.
+void add_slice(const ConvBackward<BFloat16, float>& call, Slice slice, const float* grad_weights) {
+  const ConvShape& s = call.shape;
+  const Place place(s, slice);
+  const int64_t taps = s.taps(), inputs = s.channels / s.groups;
   const __m512i lower = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i upper = _mm512_add_epi32(lower, _mm512_set1_epi32(8));
   const __mmask16 first_half = slice.count >= 16 ? 0xffff : (1 << slice.count) - 1;
   const __mmask16 second_half =
       slice.count >= 32 ? 0xffff : slice.count > 16 ? (1 << (slice.count - 16)) - 1 : 0;
   for (int64_t tap = 0; tap < taps; ++tap)
-    for (int64_t o = 0; o < outputs; ++o) {
-      float* target = call.grad_weight + ((group * outputs + o) * taps + tap) * inputs + channel;
-      const float* source = own.grad_weights + (tap * padded + o) * SIDE;
+    for (int64_t o = 0; o < place.outputs; ++o) {
+      float* target = call.grad_weight +
+                      ((place.group * place.outputs + o) * taps + tap) * inputs + place.channel;
+      const float* source = grad_weights + (tap * place.padded + o) * SIDE;
       const __m512 even = _mm512_loadu_ps(source), odd = _mm512_loadu_ps(source + 16);
       const auto add = [&](__m512i order, __mmask16 there, float* numbers) {
         const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(there, numbers),
