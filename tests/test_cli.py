@@ -110,7 +110,8 @@ def test_refused_at_once(
 def test_refusals_and_help_do_not_import_torch(weights: str) -> None:
     lines = [
         "--help", "--version", "train --help", "test --help", "demo --help", "check --help",
-        "doctor --help", "benchmark --help", "benchmark train", "trian", f"test {QUICKSTART} --weights nowhere",
+        "doctor --help", "benchmark --help", "benchmark train", "trian",
+        f"test {QUICKSTART} --weights nowhere",
         f"demo {QUICKSTART} --weights {weights} .  seed=on", f"train {QUICKSTART} sede=1",
     ]  # fmt: skip
     script = f"""

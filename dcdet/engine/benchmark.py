@@ -618,10 +618,10 @@ def _head(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _titles(case: Case) -> Iterator[str]:
-    ways = f"{'ours':>7}{case.plain:>8}{'tv':>8}"
+    ways = f"{'ours':>7}{case.plain:>8}{'tv':>7}"
     yield ""
     yield f"{case.op} beside {case.plain} and torchvision's {case.nearest}"
-    yield f"{'':27}{'milliseconds':>23}{'ours /':>16}{'extra MB':>23}{'% of':>11}"
+    yield f"{'':27}{'milliseconds':>22}{'ours /':>16}{'extra MB':>22}{'% of':>12}"
     yield f"{'':27}{ways}  {case.plain:>7}{'tv':>7}{ways}  {'flop':>5}{'copy':>5}".rstrip()
 
 
@@ -629,9 +629,9 @@ def _rows(entry: dict[str, Any]) -> Iterator[str]:
     for which, name in zip(PASSES, (f"{entry['case']:23}fwd ", f"{'':23}f+b "), strict=True):
         figures = entry[which]
         found = [figures[way] or {} for way in WAYS]
-        times = "".join(_cell(f.get("min_ms"), w) for f, w in zip(found, (7, 8, 8), strict=True))
+        times = "".join(_cell(f.get("min_ms"), w) for f, w in zip(found, (7, 8, 7), strict=True))
         ratios = "".join(_cell(figures["ratio"].get(way), 7) for way in WAYS[1:])
-        memory = "".join(_cell(f.get("extra_mb"), w) for f, w in zip(found, (7, 8, 8), strict=True))
+        memory = "".join(_cell(f.get("extra_mb"), w) for f, w in zip(found, (7, 8, 7), strict=True))
         shares = [figures.get(f"{of}_share") for of in ("gflops", "gbytes")]
         percent = "".join(f"{'-' if s is None else format(s, '.0%'):>5}" for s in shares)
         yield f"{name}{times}  {ratios}{memory}  {percent}"
