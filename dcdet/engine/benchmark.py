@@ -46,7 +46,7 @@ PASSES = ("forward", "forward_backward")
 ROIS, GRID, SCALE, SAMPLES, TRANS_STD = 300, 7, 1 / 16, 4, 0.1
 
 SAMPLE = 0.01  # seconds: what is quicker is called several times between two looks at the clock
-ROUNDS = (4, 30)  # at least and at most
+ROUNDS = (3, 30)  # at least and at most
 
 
 @dataclass(frozen=True)
