@@ -168,7 +168,12 @@ def test_cases_can_be_told_apart_and_fit_the_table() -> None:
         labels = [(case.op, case.label) for case in cases]
         assert len(set(labels)) == len(labels)
         assert max(len(label) for _, label in labels) < 24
-    assert Conv(512, 38, 63, dilation=2, offset_groups=4) in CASES
+    rfcn = Conv(512, 38, 63, dilation=2, offset_groups=4)
+    assert rfcn in CASES
+    assert rfcn.label == "1x512x38x63 d2 g4"
+    v2 = Conv(64, 20, 24, mask=True, batch=2, dtype="bf16")
+    assert v2.label == "2x64x20x24 v2 bf16"
+    assert Pool("deform_psroi_pool", 21, 38, 63, shifts=21).label == "21x7x7 38x63 s21"
     assert {case.op for case in QUICK} == {case.op for case in CASES}
 
 
@@ -270,7 +275,11 @@ def test_rates() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
 def test_a_peak_is_measured_to_the_megabyte() -> None:
-    """Of 32, 64 and 32 MiB at once, in a process of its own, which may fork."""
+    """In a process of its own, which may fork.
+
+    Of 32, 64 and 32 MiB at once; and of 64 single ones, whose memory a tensor that stays keeps in
+    the process after the first call.
+    """
     script = """
 import torch
 from dcdet.engine import benchmark
@@ -282,6 +291,16 @@ class Case:
             return held + torch.ones(16 << 20)[:1]
         return {"ours": benchmark.Call(forward, (x,), x)}
 print(benchmark._forked(Case(), "ours", "forward"))
+class Scattered(Case):
+    def calls(self, device):
+        torch.ones(1 << 19)  # blocks of such a size are now taken from the heap
+        x, stays = torch.ones(1), []
+        def forward():
+            held = [torch.ones(1 << 18) for _ in range(64)]
+            stays.append(torch.ones(1 << 18))
+            return held[0][:1]
+        return {"ours": benchmark.Call(forward, (x,), x)}
+print(benchmark._forked(Scattered(), "ours", "forward"))
 class Killed(Case):
     def calls(self, device):
         import os, signal
@@ -292,8 +311,9 @@ print(benchmark._forked(Killed(), "ours", "forward"))
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    peak, killed = done.stdout.split()
+    peak, scattered, killed = done.stdout.split()
     assert float(peak) == pytest.approx(128 * 1.048576, abs=3)
+    assert float(scattered) == pytest.approx(64 * 1.048576, abs=3)
     assert killed == "None"
 
 
