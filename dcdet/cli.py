@@ -165,12 +165,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--weights": {"type": _existing_file, "metavar": "FILE", "help": "a checkpoint (needed)"},
     "--score-threshold": {"type": _share, "metavar": "X", "default": 0.5, "help": "default: 0.5"},
     "--json": {"type": _new_file, "metavar": "FILE", "help": "write every figure to FILE, too"},
-    "--quick": {"action": "store_true", "help": "some small cases, to see that all works"},
+    "--quick": {"action": "store_true", "help": "small cases, to see that all works"},
     "--seconds": {
         "type": _seconds,
         "metavar": "X",
         "default": 2.0,
-        "help": "time for each figure; default: 2",
+        "help": "time for each figure; default: 2, about 10 minutes in all on 2 CPU cores",
     },
     "--debug": {"action": "store_true", "help": "show tracebacks and more messages"},
 }

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,16 +161,17 @@ def tests(limit: float, folder: Path) -> Entry:
 
 
 def counts(xml: str) -> dict[str, Any]:
-    """Tests by outcome, and the names of those that failed, from pytest's JUnit report."""
-    cases = list(ElementTree.fromstring(xml).iter("testcase"))
-
-    def named(*outcomes: str) -> list[str]:
-        return [f"{case.get('classname')}::{case.get('name')}" for case in cases
-                if any(case.find(outcome) is not None for outcome in outcomes)]  # fmt: skip
-
-    failed, skipped = named("failure", "error"), named("skipped")
-    passed = len(cases) - len(set(failed) | set(skipped))
-    return {"passed": passed, "failed": failed, "skipped": len(skipped)}
+    """How many tests passed, which failed, and how many were skipped why, from JUnit XML."""
+    passed, failed, skipped = 0, [], Counter[str]()
+    for case in ElementTree.fromstring(xml).iter("testcase"):
+        outcomes = {child.tag: child for child in case}
+        if "failure" in outcomes or "error" in outcomes:
+            failed.append(f"{case.get('classname')}::{case.get('name')}")
+        elif "skipped" in outcomes:
+            skipped[outcomes["skipped"].get("message", "")] += 1
+        else:
+            passed += 1
+    return {"passed": passed, "failed": failed, "skipped": dict(skipped)}
 
 
 def sanitizer(limit: float, folder: Path) -> Entry:
