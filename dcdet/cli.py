@@ -142,7 +142,7 @@ def _seconds(text: str) -> float:
 
 
 def _new_file(text: str) -> Path:
-    """A file that can be written, found out before hours of work are put into it."""
+    """A file that can be written, found out before minutes of work are put into it."""
     path = Path(text).resolve()  # a link is followed, not replaced
     if not text or (path.exists() and not path.is_file()):
         raise argparse.ArgumentTypeError(f"must name a file, got '{text}'")
