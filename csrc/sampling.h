@@ -13,45 +13,52 @@ namespace dcdet {
 
 // One axis of a bilinear sample: it lies `fraction` beyond pixel `low`.
 //
-// `low` runs from -1 to size - 1 where `inside`; outside nothing may be read. A NaN position is
-// outside, and its fraction is NaN. `held`: the position is held at the last pixel (the release's
-// border), where it has no gradient.
+// `low` runs from -1 to size - 1 where `inside`; outside it is -1 and nothing may be read. A NaN
+// position is outside, and its fraction is NaN. `held`: the position is held at the last pixel (the
+// release's border), where it has no gradient.
 template <typename T>
 struct Axis {
-  long low;
+  int low;
   T fraction;
-  bool inside;
-  bool held;
+  int inside, held;  // flags
 };
 
-// Zeros around the map: samples at or before -1, and at or after size, are 0.
+// Zeros around the map: samples at or before -1, and at or after size, are 0. (No branches here and
+// below: a loop over samples becomes vectors.)
 template <typename T>
-DCDET_INLINE Axis<T> axis_with_zeros(T position, long size) {
-  // Written so that a NaN fails: only then may the position be cast to an integer.
-  if (!(position > T(-1) && position < T(size)))
-    return {-1, position == position ? T(0) : position, false, false};
-  long low = long(position) - (position < T(0));  // the cast rounds towards 0
-  return {low, position - T(low), true, false};
+DCDET_INLINE Axis<T> axis_with_zeros(T position, int size) {
+  const bool inside = (position > T(-1)) & (position < T(size));  // a NaN fails
+  const T safe = inside ? position : T(0);                        // and must not be cast
+  const int cell = int(safe) - (safe < 0 ? 1 : 0);                // the cast rounds towards 0
+  const T outside = position == position ? T(0) : position;
+  return {inside ? cell : -1, inside ? safe - T(cell) : outside, inside, false};
 }
 
 // The 2017 release: samples before 0, and at or after size, are 0; beyond the last pixel they have
 // its value.
 template <typename T>
-DCDET_INLINE Axis<T> axis_of_release(T position, long size) {
-  if (!(position >= T(0) && position < T(size)))
-    return {-1, position == position ? T(0) : position, false, false};
-  if (position >= T(size - 1)) return {size - 1, T(0), true, true};
-  long low = long(position);
-  return {low, position - T(low), true, false};
+DCDET_INLINE Axis<T> axis_of_release(T position, int size) {
+  const bool inside = (position >= T(0)) & (position < T(size));
+  const bool held = inside & (position >= T(size - 1));
+  const T safe = inside ? held ? T(size - 1) : position : T(0);
+  const int cell = int(safe);
+  const T outside = position == position ? T(0) : position;
+  return {inside ? cell : -1, inside ? safe - T(cell) : outside, inside, held};
 }
 
-// A bilinear sample: the rows (pixels, counted through the batch) of its corners, upper left,
-// upper right, lower left, lower right, or -1 for one that is outside and counts as 0.
+// A bilinear sample of a map's pixels, which are counted through the batch. Its corners are the upper
+// left, upper right, lower left and lower right one.
 template <typename T>
 struct Sample {
-  long long row[4];
-  T y, x;  // fractions
+  long long first;        // the upper left corner's pixel, if it is there
+  T y, x;                 // fractions
+  unsigned char corners;  // a bit for each that is inside; the others count as 0
   bool held_y, held_x;
+
+  // The pixel of a corner, or -1 outside.
+  DCDET_INLINE long long pixel(int corner, long width) const {
+    return corners >> corner & 1 ? first + (corner / 2 ? width : 0) + corner % 2 : -1;
+  }
 
   DCDET_INLINE T weight(int corner) const {
     return (corner < 2 ? T(1) - y : y) * (corner % 2 ? x : T(1) - x);
@@ -66,24 +73,23 @@ struct Sample {
   }
 };
 
+// The sample at two axes of a map whose first pixel is `first`.
 template <typename T>
-DCDET_INLINE Sample<T> sample_at(T y, T x, long height, long width, bool release, long long first) {
-  Axis<T> v = release ? axis_of_release(y, height) : axis_with_zeros(y, height);
-  Axis<T> h = release ? axis_of_release(x, width) : axis_with_zeros(x, width);
-  Sample<T> sample;
-  sample.y = v.fraction;
-  sample.x = h.fraction;
-  sample.held_y = v.held;
-  sample.held_x = h.held;
+DCDET_INLINE Sample<T> sample_at(const Axis<T>& y, const Axis<T>& x, int height, int width,
+                                 long long first) {
   // low is -1 outside, where neither row, nor column, is there
-  const bool top = v.low >= 0, bottom = v.inside && v.low + 1 < height;
-  const bool left = h.low >= 0, right = h.inside && h.low + 1 < width;
-  first += (long long)v.low * width + h.low;
-  sample.row[0] = top && left ? first : -1;
-  sample.row[1] = top && right ? first + 1 : -1;
-  sample.row[2] = bottom && left ? first + width : -1;
-  sample.row[3] = bottom && right ? first + width + 1 : -1;
-  return sample;
+  const int top = y.low >= 0, bottom = y.inside & (y.low + 1 < height);
+  const int left = x.low >= 0, right = x.inside & (x.low + 1 < width);
+  const int columns = left | right << 1, corners = columns * top | columns * bottom << 2;
+  return {first + (long long)y.low * width + x.low, y.fraction, x.fraction,
+          (unsigned char)corners, y.held != 0, x.held != 0};
+}
+
+template <typename T>
+DCDET_INLINE Sample<T> sample_at(T y, T x, int height, int width, bool release, long long first) {
+  return sample_at(release ? axis_of_release(y, height) : axis_with_zeros(y, height),
+                   release ? axis_of_release(x, width) : axis_with_zeros(x, width), height, width,
+                   first);
 }
 
 // Where sample `i` of a pooled bin lies along an axis. It is rounded after each step, on a GPU too:

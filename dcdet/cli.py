@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -130,6 +131,32 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got '{text}'")
+    return value
+
+
+def _new_file(text: str) -> Path:
+    """A file that can be written, found out before minutes of work are put into it."""
+    path = Path(text).resolve()  # a link is followed, not replaced
+    if not text or (path.exists() and not path.is_file()):
+        raise argparse.ArgumentTypeError(f"must name a file, got '{text}'")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no folder '{path.parent}'")
+    trial = path.with_name(f".{path.name}.tmp")
+    try:
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: cannot be written: {error.strerror}") from error
+    return path
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "--output": {"type": _folder, "metavar": "DIR", "help": "default: output/<config name>"},
     "--resume": {"action": "store_true", "help": "continue from the newest good checkpoint"},
@@ -137,6 +164,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--seed": {"type": _seed, "metavar": "N", "help": "instead of the config's seed"},
     "--weights": {"type": _existing_file, "metavar": "FILE", "help": "a checkpoint (needed)"},
     "--score-threshold": {"type": _share, "metavar": "X", "default": 0.5, "help": "default: 0.5"},
+    "--json": {"type": _new_file, "metavar": "FILE", "help": "write every figure to FILE, too"},
+    "--quick": {"action": "store_true", "help": "small cases, to see that all works"},
+    "--seconds": {
+        "type": _seconds,
+        "metavar": "X",
+        "default": 2.0,
+        "help": "time for each figure; default: 2, about 10 minutes in all on 2 CPU cores",
+    },
     "--debug": {"action": "store_true", "help": "show tracebacks and more messages"},
 }
 
@@ -180,6 +215,25 @@ def _check(args: argparse.Namespace) -> int:
     return check(config, print)
 
 
+def _benchmark(args: argparse.Namespace) -> int:
+    if not args.words:
+        raise UserError(COMMAND_LINE, "what to measure is missing", suggest("", BENCHMARKS))
+    what, *rest = args.words
+    if what not in BENCHMARKS:
+        raise UserError(COMMAND_LINE, f"no benchmark '{what}'", suggest(what, BENCHMARKS))
+    if rest:
+        raise UserError(COMMAND_LINE, f"benchmark {what} takes no '{rest[0]}'")
+    from dcdet.engine.benchmark import benchmark_ops
+
+    return benchmark_ops(
+        partial(print, flush=True),  # a table that grows for minutes
+        args.json,
+        device=args.device,
+        quick=args.quick,
+        seconds=args.seconds,
+    )
+
+
 def _doctor(args: argparse.Namespace) -> int:
     if args.words:
         raise UserError(COMMAND_LINE, f"doctor takes no '{args.words[0]}'")
@@ -187,6 +241,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
     return doctor(print)
 
+
+BENCHMARKS = ("ops",)
 
 COMMANDS = {
     "train": Command(
@@ -212,6 +268,12 @@ COMMANDS = {
         "CONFIG [key.path=value ...]",
         (),
         _check,
+    ),
+    "benchmark": Command(
+        "measure speed and memory: the operators beside torchvision's and plain ones",
+        "ops",
+        ("--json", "--device", "--quick", "--seconds"),
+        _benchmark,
     ),
     "doctor": Command("show versions, devices, and what is missing", "", (), _doctor),
 }
@@ -247,7 +309,7 @@ def _run(words: list[str]) -> int:
         usage=f"dcdet {name} {command.usage} [options]".replace("  ", " "),
         description=command.summary,
         epilog="CONFIG is a YAML file; key.path=value changes one of its values for this run."
-        if command.usage
+        if "CONFIG" in command.usage
         else None,
         allow_abbrev=False,
     )
@@ -263,7 +325,7 @@ def _run(words: list[str]) -> int:
         option = unknown[0].partition("=")[0]
         raise UserError(COMMAND_LINE, f"{name} has no option '{option}'", suggest(option, options))
     args.words += extra
-    if name != "doctor" and not args.words:
+    if "CONFIG" in command.usage and not args.words:
         raise UserError(COMMAND_LINE, "CONFIG is missing", f"dcdet {name} {command.usage}")
     if "--weights" in options and args.weights is None:
         raise UserError(COMMAND_LINE, "--weights is missing", f"dcdet {name} {command.usage}")
@@ -271,7 +333,7 @@ def _run(words: list[str]) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:8}{command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:11}{command.summary}" for name, command in COMMANDS.items()]
     ends = "dcdet COMMAND --help tells more.\noptions: --help, --version, --debug"
     return "\n".join(["usage: dcdet COMMAND ...", "", *lines, "", ends])
 

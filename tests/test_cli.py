@@ -52,7 +52,7 @@ def weights(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("", "no command is given (known: train, test, demo, check, doctor)"),
+        ("", "no command is given (known: train, test, demo, check, benchmark, doctor)"),
         ("trian", "no command 'trian' (did you mean 'train'?)"),
         ("--verison", "no option '--verison' (did you mean '--version'?)"),
         ("train", "CONFIG is missing (dcdet train CONFIG"),
@@ -84,6 +84,18 @@ def weights(tmp_path: Path) -> str:
         ("demo {c} --weights {w} . --score-threshold x", "from 0 to 1, got 'x'"),
         ("demo {c} --weights {w} . modle.x=1", "no key 'modle'"),
         ("doctor now", "doctor takes no 'now'"),
+        ("benchmark", "what to measure is missing (known: ops)"),
+        ("benchmark opps", "no benchmark 'opps' (did you mean 'ops'?)"),
+        ("benchmark train", "no benchmark 'train' (known: ops)"),
+        ("benchmark ops twice", "benchmark ops takes no 'twice'"),
+        ("benchmark ops --json", "--json: expected one argument"),
+        ("benchmark ops --json=", "--json: must name a file"),
+        ("benchmark ops --json .", "--json: must name a file, got '.'"),
+        ("benchmark ops --json nowhere/x.json", "--json: nowhere/x.json: no folder '"),
+        ("benchmark ops --json {w}/x.json", "x.json: no folder '"),
+        ("benchmark ops --seconds 0", "--seconds: must be a positive number, got '0'"),
+        ("benchmark ops --seconds nan", "--seconds: must be a positive number, got 'nan'"),
+        ("benchmark ops --seed 3", "benchmark has no option '--seed'"),
         ("check", "CONFIG is missing"),
         ("check {c} --seed 3", "check has no option '--seed'"),
     ],
@@ -98,7 +110,8 @@ def test_refused_at_once(
 def test_refusals_and_help_do_not_import_torch(weights: str) -> None:
     lines = [
         "--help", "--version", "train --help", "test --help", "demo --help", "check --help",
-        "doctor --help", "trian", f"test {QUICKSTART} --weights nowhere",
+        "doctor --help", "benchmark --help", "benchmark train", "trian",
+        f"test {QUICKSTART} --weights nowhere",
         f"demo {QUICKSTART} --weights {weights} .  seed=on", f"train {QUICKSTART} sede=1",
     ]  # fmt: skip
     script = f"""
@@ -117,7 +130,7 @@ else:
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: dcdet") == 6
+    assert done.stdout.count("usage: dcdet") == 7
 
 
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))

@@ -31,27 +31,30 @@ SHAPES = [
 ]
 
 
-def results(
-    shape: tuple[int, ...], dtype: torch.dtype, through: torch.dtype = torch.float64
-) -> list[Tensor]:
-    """Output and gradients of random numbers that the dtype `through` has, too.
+def results(shape: tuple[int, ...], dtype: torch.dtype, wide: bool = False) -> list[Tensor]:
+    """Output and gradients of random numbers; odd heights have mask, bias and the old border.
 
-    Odd heights have mask, bias and the old border.
+    `wide`: of the same numbers, as float32.
     """
     batch, channels, outputs, height, width, groups, offset_groups, stride, dilation = shape
     generator = torch.Generator().manual_seed(0)
 
     def random(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator, dtype=torch.float64).to(through).to(dtype)
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype)
 
     odd = height % 2 == 1
     out = ((height - 1) // stride + 1, (width - 1) // stride + 1)
+    precise = torch.float32 if dtype.itemsize == 2 else dtype
     x, weight = random(batch, channels, height, width), random(outputs, channels // groups, 3, 3)
-    offset = random(batch, 18 * offset_groups, *out) * 3
-    mask, bias = (random(batch, 9 * offset_groups, *out), random(outputs)) if odd else (None, None)
+    offset = (random(batch, 18 * offset_groups, *out) * 3).to(precise)
+    mask = random(batch, 9 * offset_groups, *out).to(precise) if odd else None
+    bias = random(outputs) if odd else None
     geometry = ([stride] * 2, [dilation] * 2, [dilation] * 2, odd)
+    if wide:
+        x, weight, bias = x.float(), weight.float(), None if bias is None else bias.float()
     y = _deform_conv2d(x, offset, weight, bias, mask, *geometry)
-    grads = _deform_conv2d_backward(random(*y.shape), x, offset, weight, mask, *geometry)
+    grad = random(*y.shape).to(y.dtype)
+    grads = _deform_conv2d_backward(grad, x, offset, weight, mask, *geometry)
     return [y, *grads]
 
 
@@ -68,14 +71,64 @@ def test_equals_the_torch_way(shape: tuple[int, ...], dtype: torch.dtype, tolera
 
 
 @needs_kernels
+@pytest.mark.skipif(not compiled.bfloat16, reason="needs a CPU with AMX")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_number_of_threads_changes_no_bit(shape: tuple[int, ...]) -> None:
+def test_bfloat16_equals_float32(shape: tuple[int, ...]) -> None:
+    """Within the rounding of 8 bits, of which the largest numbers give the scale."""
+    expected = results(shape, torch.bfloat16, wide=True)
+    for one, other in zip(results(shape, torch.bfloat16), expected, strict=True):
+        scale = other.abs().max() if other.numel() else 1
+        op_cases.same(one.float() / scale, other / scale, 1e-2)
+
+
+@needs_kernels
+@pytest.mark.skipif(not compiled.bfloat16, reason="needs a CPU with AMX")
+def test_bfloat16_with_numbers_that_break_things() -> None:
+    """What is NaN or finite in float32 is so in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    for name in ("offset", "input", "mask"):
+        tensors = {
+            "input": torch.randn(1, 40, 9, 8, generator=generator),
+            "offset": torch.randn(1, 18, 9, 8, generator=generator),
+            "mask": torch.rand(1, 9, 9, 8, generator=generator),
+        }
+        flat = tensors[name].view(-1)
+        for i, number in enumerate(op_cases.HOSTILE):
+            flat[7 + 61 * i] = number
+        x = tensors["input"].bfloat16()
+        weight = torch.randn(33, 40, 3, 3, generator=generator).bfloat16()
+        rest = (tensors["mask"], [1, 1], [1, 1], [1, 1], False)
+        grad = torch.randn(1, 33, 9, 8, generator=generator).bfloat16()
+        found, expected = (
+            [
+                _deform_conv2d(x.to(dtype), tensors["offset"], weight.to(dtype), None, *rest),
+                *_deform_conv2d_backward(
+                    grad.to(dtype), x.to(dtype), tensors["offset"], weight.to(dtype), *rest
+                ),
+            ]
+            for dtype in (torch.bfloat16, torch.float32)
+        )
+        for one, other in zip(found, expected, strict=True):
+            if name != "mask":  # infinite ones meet each other sooner
+                assert torch.equal(one.isnan(), other.isnan()), name
+            calm = other.abs() < 1e4
+            assert calm.any()
+            assert not one[other.isnan()].isfinite().any()
+            op_cases.same(one[calm].float(), other[calm], 0.2)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_number_of_threads_changes_no_bit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and not compiled.bfloat16:
+        pytest.skip("needs a CPU with AMX")
     before = torch.get_num_threads()
     try:
         found = []
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 40):  # more than there are slices of channels
             torch.set_num_threads(threads)
-            found.append(results(shape, torch.float32))
+            found.append(results(shape, dtype))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -105,11 +158,14 @@ def test_vectors_in_use() -> None:
     assert "in use" in compiled.describe()
 
 
-def pooled(classes: int | None, layout: torch.memory_format, whole: bool = False) -> list[Tensor]:
+def pooled(
+    classes: int | None, layout: torch.memory_format, group: int, whole: bool = False
+) -> list[Tensor]:
     """Outputs and gradients of the pooling ops; classes None is the plain one.
 
     `whole`: of whole numbers, which half types have, too.
     """
+    depth = 54 // group**2
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 6 * 9, 20, 30, generator=generator).contiguous(memory_format=layout)
     x = (x * 9).round() if whole else x
@@ -118,12 +174,13 @@ def pooled(classes: int | None, layout: torch.memory_format, whole: bool = False
     rois = torch.cat([torch.arange(40)[:, None] % 2, low, high], 1)
     leaves = [x.requires_grad_()]
     if classes is None:
-        y = psroi_pool(x, rois, 1 / 16, 6, 3, 5)
+        y = psroi_pool(x, rois, 1 / 16, depth, group, 5)
     else:
         if classes:
-            trans = torch.randn(40, 2 * classes, 3, 3, generator=generator)
-            leaves.append(trans.requires_grad_())
-        y = deform_psroi_pool(x, rois, leaves[1] if classes else None, 1 / 16, 6, 3, 5, 3, 4, 0.1)
+            shifts = torch.randn(40, 2 * classes, 3, 3, generator=generator)
+            leaves.append(shifts.requires_grad_())
+        trans = leaves[1] if classes else None
+        y = deform_psroi_pool(x, rois, trans, 1 / 16, depth, group, 5, 3, 4, 0.1)
     grad = torch.randn(y.shape, generator=generator)
     grad = (grad * 9).round() if whole else grad
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
@@ -131,17 +188,21 @@ def pooled(classes: int | None, layout: torch.memory_format, whole: bool = False
 
 @needs_kernels
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("classes", [None, 0, 1, 3])
-def test_pooling_equals_the_torch_way(classes: int | None, layout: torch.memory_format) -> None:
+def test_pooling_equals_the_torch_way(
+    classes: int | None, group: int, layout: torch.memory_format
+) -> None:
     with op_cases.way("torch"):
-        expected = pooled(classes, layout)
+        expected = pooled(classes, layout, group)
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found = pooled(classes, layout)
+            found = pooled(classes, layout, group)
             for one, other in zip(found, expected, strict=True):
                 op_cases.same(one, other, 1e-4)
+                assert one.stride() == other.stride()
             if threads == 1:
                 first = found
         for one, other in zip(found, first, strict=True):

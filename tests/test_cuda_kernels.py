@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,9 +190,9 @@ def test_conv_equals_the_torch_way(
 def test_conv_in_half(kernels: Kernels, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Columns and results are rounded to the half type; a BLAS on a GPU may round some more."""
     with op_cases.way("torch"):
-        expected = test_compiled.results(shape, torch.float32, through=dtype)
+        expected = test_compiled.results(shape, dtype, wide=True)
     with in_use(Elsewhere(kernels, dtype)):
-        found = test_compiled.results(shape, torch.float32, through=dtype)
+        found = test_compiled.results(shape, dtype, wide=True)
     steps = 2 if kernels.device == "cuda" else 0.6
     compare(found, expected, steps * torch.finfo(dtype).eps)
 
@@ -318,13 +319,15 @@ def test_no_images_and_no_rois(kernels: Kernels) -> None:
     x, none = torch.randn(2, 8, 4, 5), torch.zeros(0, dtype=torch.long)
     edges = torch.zeros(4, 0, 2, dtype=torch.long)
     assert operators.psroi_pool(x, none, edges, 2).shape == (0, 2, 2, 2)
-    grad_input = operators.psroi_pool_backward(torch.ones(0, 2, 2, 2), none, edges, [*x.shape], 2)
+    grad_input = operators.psroi_pool_backward(
+        torch.ones(0, 2, 2, 2), none, edges, [*x.shape], 2, False
+    )
     assert grad_input.shape == x.shape
     assert not grad_input.any()
     first, step = torch.zeros(2, 0, 1, 2, 2), torch.zeros(2, 0)
     assert operators.deform_psroi_pool(x, none, first, step, 2, 2).shape == (0, 2, 2, 2)
     grad_input, grad_first = operators.deform_psroi_pool_backward(
-        torch.ones(0, 2, 2, 2), x, none, first, step, 2, 2
+        torch.ones(0, 2, 2, 2), x, none, first, step, 2, 2, True
     )
     assert grad_first.shape == first.shape
     assert not grad_input.any()
@@ -350,14 +353,16 @@ def test_conv_with_nan_offsets(public: None) -> None:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("classes", [None, 0, 1, 3])
 def test_pooling_equals_the_torch_way(
-    public: None, classes: int | None, layout: torch.memory_format
+    public: None, classes: int | None, group: int, layout: torch.memory_format
 ) -> None:
-    found = test_compiled.pooled(classes, layout)
+    found = test_compiled.pooled(classes, layout, group)
     with op_cases.way("torch"):
-        expected = test_compiled.pooled(classes, layout)
+        expected = test_compiled.pooled(classes, layout, group)
     compare(found, expected, 1e-5)
+    assert [one.stride() for one in found] == [other.stride() for other in expected]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -366,9 +371,9 @@ def test_pooling_in_half(kernels: Kernels, classes: int | None, dtype: torch.dty
     """Only inputs and results are rounded: half a step, where the inputs are whole numbers."""
     layout = torch.channels_last
     with op_cases.way("torch"):
-        expected = test_compiled.pooled(classes, layout, whole=True)
+        expected = test_compiled.pooled(classes, layout, 3, whole=True)
     with in_use(Elsewhere(kernels, dtype)):
-        found = test_compiled.pooled(classes, layout, whole=True)
+        found = test_compiled.pooled(classes, layout, 3, whole=True)
     compare(found[:2], expected[:2], 0.51 * torch.finfo(dtype).eps)
     compare(found[2:], expected[2:], 1e-5)  # positions are not rounded
 
@@ -385,28 +390,27 @@ def test_deformable_pooling_of_any_rois(public: None) -> None:
 # Which way is taken
 
 
-def test_deterministic_gradients_are_not_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU only; a GPU's tensor is pretended."""
+def test_what_the_kernels_cover(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU nothing, where sums must have an order; a GPU's tensor is pretended."""
     monkeypatch.setattr(compiled, "missing", "")
     monkeypatch.setattr(compiled, "missing_for_cuda", "")
+    covers = partial(compiled.covers, "psroi_pool")
     with FakeTensorMode():
         on_gpu, whole = torch.empty(1, device="cuda"), torch.empty(1, device="cuda").long()
     on_cpu = torch.empty(1)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        assert compiled.covers(on_gpu.to(dtype))
-        assert compiled.covers_backward(on_gpu.to(dtype))
-    assert not compiled.covers(whole)
-    assert not compiled.covers(on_cpu.half())
+        assert covers(on_gpu.to(dtype))
+    assert not covers(whole)
+    assert not covers(on_cpu.half())
     torch.use_deterministic_algorithms(True)
     try:
-        assert compiled.covers(on_gpu)
-        assert not compiled.covers_backward(on_gpu)
-        assert compiled.covers_backward(on_cpu)
+        assert not covers(on_gpu)
+        assert covers(on_cpu)
     finally:
         torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(compiled, "missing_for_cuda", "not compiled")
-    assert not compiled.covers(on_gpu)
-    assert compiled.covers(on_cpu)
+    assert not covers(on_gpu)
+    assert covers(on_cpu)
 
 
 # The emulator itself, and what a GPU does with the same kernels

@@ -1,3 +1,4 @@
+import contextlib
 import importlib
 import time
 from pathlib import Path
@@ -10,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_psroi_pool import random, roi_lists
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dcdet.ops import deform_psroi_pool, psroi_pool, reference
 
 module = importlib.import_module("dcdet.ops.deform_psroi_pool")
+plain = importlib.import_module("dcdet.ops.psroi_pool")
 pytestmark = pytest.mark.usefixtures("way")
 
 
@@ -303,9 +306,49 @@ def test_wrong_arguments(change: dict[str, Any], error: type[Exception], message
         deform_psroi_pool(**good_arguments() | change)
 
 
+@pytest.mark.parametrize("fake", [False, True])
+def test_operators_refuse_what_the_functions_refuse(fake: bool) -> None:
+    """Whoever calls an operator, its backward or its fake kernel: never a read outside."""
+    with FakeTensorMode() if fake else contextlib.nullcontext():
+        input, rois, trans = torch.zeros(1, 16, 3, 3), torch.zeros(2, 5), torch.zeros(2, 4, 3, 3)
+        grad, narrow = torch.zeros(2, 4, 2, 2), torch.zeros(1, 15, 3, 3)
+        short, odd, tall = torch.zeros(2, 4), torch.zeros(2, 6, 3, 3), torch.zeros(2, 4, 3, 2)
+        grid = [4, 2, 2, 3, 2]
+        forward, backward = module._deform_psroi_pool, module._deform_psroi_pool_backward
+        if not fake:
+            forward(input, rois, trans, grid, 1.0, 0.1)
+            backward(grad, input, rois, trans, grid, 1.0, 0.1)
+        for wrong in (
+            (narrow, rois, trans, grid, 1.0),
+            (input, short, trans, grid, 1.0),
+            (input, rois, odd, grid, 1.0),
+            (input, rois, tall, grid, 1.0),
+            (input, rois, trans, [4, 0, 2, 3, 2], 1.0),
+            (input, rois, trans, [4, 2, 2, 0, 2], 1.0),
+            (input, rois, trans, [4, 2, 2, 3], 1.0),
+            (input, rois, trans, grid, 0.0),
+        ):
+            with pytest.raises(ValueError, match=r"deform_psroi_pool: .* must be"):
+                forward(*wrong, 0.1)
+            with pytest.raises(ValueError, match=r"deform_psroi_pool: .* must be"):
+                backward(grad, *wrong, 0.1)
+        with pytest.raises(ValueError, match="deform_psroi_pool: grad must be"):
+            backward(torch.zeros(2, 4, 2, 3), input, rois, trans, grid, 1.0, 0.1)
+
+        with pytest.raises(ValueError, match="psroi_pool: input must be"):
+            plain._psroi_pool(narrow, rois, 1.0, 4, 2, 2)
+        for sizes in ([1, 16, 3], [1, 15, 3, 3], [1, 16, 0, 3]):
+            with pytest.raises(ValueError, match=r"psroi_pool: input.* must be"):
+                plain._psroi_pool_backward(grad, rois, sizes, 1.0, 2, 2, False)
+        with pytest.raises(ValueError, match="psroi_pool: grad must be"):
+            plain._psroi_pool_backward(grad, rois, [1, 16, 3, 3], 1.0, 2, 3, False)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("classes", [0, 1, 2])
-def test_operator_contract(classes: int) -> None:
-    input, rois = torch.rand(2, 8, 4, 5), boxes(3, images=2, extent=5)
+def test_operator_contract(classes: int, layout: torch.memory_format) -> None:
+    input = torch.rand(2, 8, 4, 5).contiguous(memory_format=layout)
+    rois = boxes(3, images=2, extent=5)
     trans = torch.rand(3, 2 * classes, 2, 2) if classes else None
     grid = [2, 2, 3, 2, 2]
     tensors = (op_cases.leaf(input), rois, op_cases.leaf(trans))

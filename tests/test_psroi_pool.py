@@ -196,9 +196,9 @@ def test_operator_contract() -> None:
     rois = torch.tensor([[0, 0, 0, 9, 7], [1, 3, 2, 5, 30]]).float()
     sample = (torch.rand(2, 8, 4, 5, requires_grad=True), rois, 0.5, 2, 2, 3)
     torch.library.opcheck(module._psroi_pool, sample)
-    torch.library.opcheck(
-        module._psroi_pool_backward, (torch.rand(2, 2, 3, 3), rois, [2, 8, 4, 5], 0.5, 2, 3)
-    )
+    for channels_last in (False, True):
+        sample = (torch.rand(2, 2, 3, 3), rois, [2, 8, 4, 5], 0.5, 2, 3, channels_last)
+        torch.library.opcheck(module._psroi_pool_backward, sample)
 
 
 @op_cases.needs_cuda

@@ -20,18 +20,23 @@ struct ConvShape {
 
 // input (B, H, W, C), weight (O, kh, kw, C / groups), output (B, H', W', O); offset and mask are
 // contiguous (B, 2 * G * K, H', W') and (B, G * K, H', W'); bias (O,) and mask may be null.
-template <typename T>
+// Numbers are S, positions and masks T.
+template <typename S, typename T = S>
 struct ConvForward {
   ConvShape shape;
-  const T *input, *offset, *mask, *weight, *bias;
-  T* output;
+  const S* input;
+  const T *offset, *mask;
+  const S *weight, *bias;
+  S* output;
 };
 
 // Gradients have the layouts of their tensors. grad_input and grad_weight hold zeros on entry.
-template <typename T>
+template <typename S, typename T = S>
 struct ConvBackward {
   ConvShape shape;
-  const T *grad, *input, *offset, *mask, *weight;
+  const S *grad, *input;
+  const T *offset, *mask;
+  const S* weight;
   T *grad_input, *grad_offset, *grad_mask, *grad_weight;
 };
 
@@ -40,20 +45,33 @@ struct Slice {
   int64_t first, count;
 };
 
+// Bytes that the backward pass needs: of a slice's weights and of its part of their gradient, of a
+// tile's columns and their gradients, of what else a tile needs.
+struct BackwardSizes {
+  int64_t weights, grad_weights, columns, scratch;
+};
+
 // One instruction set's kernels; see deform_conv_kernel.h.
 template <typename T>
 struct ConvKernels {
+  using Columns = void (*)(const ConvBackward<T>&, Slice, int64_t, int64_t, int64_t,
+                           const Sample<T>*, const T*, T*, T*, T*);
   int64_t rows;
   int64_t (*packed_panels)(const ConvShape&);
   void (*pack_forward)(const ConvShape&, const T*, int64_t, T*);
   int64_t (*forward_scratch)(const ConvShape&, int64_t);
   void (*forward_tile)(const ConvForward<T>&, const T*, int64_t, int64_t, int64_t, Sample<T>*, T*);
   Slice (*next_slice)(const ConvShape&, Slice);
-  int64_t (*backward_scratch)(const ConvShape&, int64_t);
   void (*find_samples)(const ConvShape&, const T*, int64_t, int64_t, Sample<T>*);
-  void (*backward_slice)(const ConvBackward<T>&, Slice, int64_t, int64_t, int64_t,
-                         const Sample<T>*, T*, T*);
-  void (*sum_parts)(const ConvBackward<T>&, int64_t, int64_t, int64_t, const T*);
+  BackwardSizes (*backward_sizes)(const ConvShape&, int64_t);
+  void (*pack_slice)(const ConvBackward<T>&, Slice, T*);
+  Columns find_and_scatter_columns, find_columns;
+  void (*scatter_columns)(const ConvBackward<T>&, Slice, int64_t, int64_t, int64_t, int64_t,
+                          const Sample<T>*, const T*);
+  void (*add_grad_weights)(const ConvBackward<T>&, Slice, int64_t, int64_t, int64_t, int64_t,
+                           int64_t, bool, const T*, T*, T*);
+  void (*add_slice)(const ConvBackward<T>&, Slice, const T*);
+  void (*sum_parts)(const ConvShape&, int64_t, int64_t, int64_t, const T*, T*, T*);
 };
 
 }  // namespace dcdet

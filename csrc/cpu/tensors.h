@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <stdexcept>
 #include <vector>
 
 namespace dcdet {
@@ -28,6 +29,16 @@ inline Tensor zeros_like(const Tensor& like, const std::vector<int64_t>& size,
   Tensor tensor = empty_like(like, size, format);
   torch::stable::zero_(tensor);
   return tensor;
+}
+
+// Whether a map lies in memory pixel by pixel, and not plane by plane.
+inline bool is_channels_last(const Tensor& map) {
+  int64_t step = 1;
+  for (const int dim : {1, 3, 2, 0}) {
+    if (map.size(dim) != 1 && map.stride(dim) != step) return false;
+    step *= map.size(dim);
+  }
+  return !map.is_contiguous();
 }
 
 inline std::vector<int64_t> size_of(const Tensor& tensor) {
@@ -56,10 +67,13 @@ T* place(const Tensor& tensor) {
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
-// Call `function` with a zero of the tensor's dtype, float or double.
+// Call `function` with a zero of the tensor's dtype, float or double; others are refused.
 template <typename F>
 void by_dtype(const Tensor& tensor, const F& function) {
-  tensor.scalar_type() == ScalarType::Double ? function(double()) : function(float());
+  const ScalarType type = tensor.scalar_type();
+  if (type != ScalarType::Float && type != ScalarType::Double)
+    throw std::runtime_error("dcdet's kernels: a dtype that they do not compute in on this CPU");
+  type == ScalarType::Double ? function(double()) : function(float());
 }
 
 }  // namespace dcdet

@@ -31,7 +31,7 @@ struct Conv {
   int64_t groups, offset_groups, pixels;
   bool release;
   int team;  // threads a sample
-  Map<Sum<S>> offset, mask;  // no data where there is no mask
+  Map<const Sum<S>> offset, mask;  // no data where there is no mask
 
   __host__ __device__ int64_t taps() const { return kernel_h * kernel_w; }
   __host__ __device__ int64_t inputs() const { return channels / groups; }
@@ -58,8 +58,8 @@ __device__ __forceinline__ Sample<Sum<S>> find_sample(const Conv<S>& conv, const
   const T* shift = conv.offset.at(pixel.image, channel, pixel.y, pixel.x);
   const int64_t top = pixel.y * conv.stride_h - conv.pad_h + tap / conv.kernel_w * conv.dilation_h;
   const int64_t left = pixel.x * conv.stride_w - conv.pad_w + tap % conv.kernel_w * conv.dilation_w;
-  return sample_at(T(top) + shift[0], T(left) + shift[conv.offset.strides[1]], conv.height,
-                   conv.width, conv.release, pixel.image * conv.height * conv.width);
+  return sample_at(T(top) + shift[0], T(left) + shift[conv.offset.strides[1]], int(conv.height),
+                   int(conv.width), conv.release, pixel.image * conv.height * conv.width);
 }
 
 template <typename S>
@@ -71,13 +71,14 @@ __device__ __forceinline__ Sum<S> find_mask(const Conv<S>& conv, const Pixel& pi
 
 // N channels of a sample's corners; zeros for those outside, which are not read.
 template <typename S, int N>
-__device__ __forceinline__ void read_corners(const S* __restrict__ input, int64_t channels,
+__device__ __forceinline__ void read_corners(const Conv<S>& conv, const S* __restrict__ input,
                                              const Sample<Sum<S>>& sample, int64_t channel,
                                              Pack<S, N>* corners) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    if (sample.row[i] >= 0) {
-      corners[i] = pack_at<S, N>(input + sample.row[i] * channels + channel);
+    const int64_t pixel = sample.pixel(i, conv.width);
+    if (pixel >= 0) {
+      corners[i] = pack_at<S, N>(input + pixel * conv.channels + channel);
     } else {
 #pragma unroll
       for (int n = 0; n < N; ++n) corners[i].number[n] = S(0.0f);
@@ -114,7 +115,7 @@ gather_columns(Conv<S> conv, int64_t first, int64_t count, const S* __restrict__
         for (int64_t c = lane * N; c < conv.run(); c += conv.team * N) {
           const int64_t channel = group * conv.run() + c;
           Pack<S, N> corners[4], column;
-          read_corners(input, conv.channels, sample, channel, corners);
+          read_corners(conv, input, sample, channel, corners);
 #pragma unroll
           for (int n = 0; n < N; ++n) {
             T sum = weights[0] * T(corners[0].number[n]);
@@ -155,13 +156,14 @@ scatter_columns(Conv<S> conv, int64_t first, int64_t count, const S* __restrict_
           const int64_t place = column_of(conv, count, i, tap, channel);
           const Pack<S, N> grad = pack_at<S, N>(grad_columns + place);
           Pack<S, N> corners[4], column;
-          read_corners(input, conv.channels, sample, channel, corners);
+          read_corners(conv, input, sample, channel, corners);
           T sums[N], dots[4];
 #pragma unroll
           for (int n = 0; n < N; ++n) sums[n] = T(0);
 #pragma unroll
           for (int corner = 0; corner < 4; ++corner) {
             const T weight = sample.weight(corner) * mask;
+            const int64_t pixel = sample.pixel(corner, conv.width);
             T parts[N];
             dots[corner] = T(0);
 #pragma unroll
@@ -169,10 +171,10 @@ scatter_columns(Conv<S> conv, int64_t first, int64_t count, const S* __restrict_
               const T number = T(corners[corner].number[n]);
               sums[n] += weight * number;
               parts[n] = weight * T(grad.number[n]);
-              if (sample.row[corner] >= 0) dots[corner] += number * T(grad.number[n]);
+              if (pixel >= 0) dots[corner] += number * T(grad.number[n]);
             }
-            if (sample.row[corner] >= 0 && weight != T(0))
-              add_to<N>(grad_input + sample.row[corner] * conv.channels + channel, parts);
+            if (pixel >= 0 && weight != T(0))
+              add_to<N>(grad_input + pixel * conv.channels + channel, parts);
           }
 #pragma unroll
           for (int n = 0; n < N; ++n) column.number[n] = S(sums[n]);
@@ -279,8 +281,8 @@ Conv<S> conv_of(const Tensor& input, const Tensor& offset, const Tensor& weight,
   conv.pixels = input.size(0) * conv.out_height * conv.out_width;
   conv.release = original;
   conv.team = 1;
-  conv.offset = Map<Sum<S>>(offset);
-  if (mask) conv.mask = Map<Sum<S>>(*mask);
+  conv.offset = Map<const Sum<S>>(offset);
+  if (mask) conv.mask = Map<const Sum<S>>(*mask);
   return conv;
 }
 

@@ -97,18 +97,23 @@ void by_any_dtype(ScalarType dtype, const F& function) {
 // A map in any layout, as (first axis, channel, y, x).
 template <typename T>
 struct Map {
-  const T* data = nullptr;
+  T* data = nullptr;
   int64_t strides[4];
 
   Map() = default;
-  // Throws where the dtype is not T's: it would be read as T.
-  explicit Map(const Tensor& tensor) : data(dcdet::data<T>(tensor)) {
-    if (tensor.scalar_type() != dtype_of<T>())
+  // Throws where the dtype is not T: it would be read as T.
+  explicit Map(const Tensor& tensor) {
+    using S = std::remove_const_t<T>;
+    if (tensor.scalar_type() != dtype_of<S>())
       throw std::runtime_error("dcdet: a kernel was given a tensor of an unexpected dtype");
+    if constexpr (std::is_const_v<T>)
+      data = dcdet::data<S>(tensor);
+    else
+      data = place<S>(tensor);
     for (int axis = 0; axis < 4; ++axis) strides[axis] = tensor.stride(axis);
   }
 
-  __host__ __device__ const T* at(int64_t n, int64_t channel, int64_t y, int64_t x) const {
+  __host__ __device__ T* at(int64_t n, int64_t channel, int64_t y, int64_t x) const {
     return data + n * strides[0] + channel * strides[1] + y * strides[2] + x * strides[3];
   }
 };

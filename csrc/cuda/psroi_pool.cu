@@ -27,10 +27,7 @@ struct Pool {
     return d * group_size * group_size + group;
   }
 
-  // Where cell (y, x) of a channel stands in a contiguous map, and a bin in the output.
-  __device__ int64_t cell(int64_t image, int64_t channel, int64_t y, int64_t x) const {
-    return ((image * channels + channel) * height + y) * width + x;
-  }
+  // Where a bin stands in the output.
   __device__ int64_t output(int64_t roi, int64_t d, int64_t i, int64_t j) const {
     return ((roi * depth() + d) * pooled + i) * pooled + j;
   }
@@ -69,7 +66,7 @@ struct Cells {
 
 template <typename S>
 __global__ void __launch_bounds__(THREADS)
-pool_bins(Pool pool, Map<S> input, const int64_t* __restrict__ images,
+pool_bins(Pool pool, Map<const S> input, const int64_t* __restrict__ images,
           const int64_t* __restrict__ edges, S* __restrict__ output) {
   using T = Sum<S>;
   for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < pool.bins();
@@ -88,7 +85,7 @@ pool_bins(Pool pool, Map<S> input, const int64_t* __restrict__ images,
 template <typename S>
 __global__ void __launch_bounds__(THREADS)
 spread_bins(Pool pool, const S* __restrict__ grad, const int64_t* __restrict__ images,
-            const int64_t* __restrict__ edges, Sum<S>* grad_input) {
+            const int64_t* __restrict__ edges, Map<Sum<S>> grad_input) {
   using T = Sum<S>;
   for (int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x; i < pool.bins();
        i += int64_t(gridDim.x) * THREADS) {
@@ -98,10 +95,10 @@ spread_bins(Pool pool, const S* __restrict__ grad, const int64_t* __restrict__ i
     const Cells cells(pool, edges, bin);
     if (!cells.area()) continue;
     const T share = value / T(cells.area());
-    T* plane = grad_input +
-               pool.cell(images[bin.roi], pool.channel(bin.cls, bin.i, bin.j), 0, 0);
+    const int64_t image = images[bin.roi], channel = pool.channel(bin.cls, bin.i, bin.j);
     for (int64_t y = cells.top; y < cells.bottom; ++y)
-      for (int64_t x = cells.left; x < cells.right; ++x) atomicAdd(plane + y * pool.width + x, share);
+      for (int64_t x = cells.left; x < cells.right; ++x)
+        atomicAdd(grad_input.at(image, channel, y, x), share);
   }
 }
 
@@ -154,7 +151,7 @@ struct Lines {
 
 template <typename S>
 __global__ void __launch_bounds__(THREADS)
-pool_samples(Pool pool, Samples<Sum<S>> samples, int team, Map<S> input,
+pool_samples(Pool pool, Samples<Sum<S>> samples, int team, Map<const S> input,
              const int64_t* __restrict__ images, S* __restrict__ output) {
   using T = Sum<S>;
   const int lane = threadIdx.x % team, member = threadIdx.x / team;
@@ -191,11 +188,11 @@ pool_samples(Pool pool, Samples<Sum<S>> samples, int team, Map<S> input,
   }
 }
 
-// grad_first is like first; grad_input is added to.
+// grad_first is like first, or null where it is not wanted; grad_input is added to.
 template <typename S>
 __global__ void __launch_bounds__(THREADS)
 spread_samples(Pool pool, Samples<Sum<S>> samples, int team, const S* __restrict__ grad,
-               Map<S> input, const int64_t* __restrict__ images, Sum<S>* grad_input,
+               Map<const S> input, const int64_t* __restrict__ images, Map<Sum<S>> grad_input,
                Sum<S>* __restrict__ grad_first) {
   using T = Sum<S>;
   const int lane = threadIdx.x % team, member = threadIdx.x / team;
@@ -214,7 +211,7 @@ spread_samples(Pool pool, Samples<Sum<S>> samples, int team, const S* __restrict
       const T part = value / divisor;
       const int64_t channel = pool.channel(d, bin.i, bin.j);
       const S* plane = input.at(images[bin.roi], channel, 0, 0);
-      T* grad_plane = grad_input + pool.cell(images[bin.roi], channel, 0, 0);
+      T* grad_plane = grad_input.at(images[bin.roi], channel, 0, 0);
       for (int64_t a = 0; a < samples.count; ++a) {
         const PoolAxis<T> y = lines.y[a];
         if (!y.kept) continue;
@@ -229,12 +226,13 @@ spread_samples(Pool pool, Samples<Sum<S>> samples, int team, const S* __restrict
               const T number = T(plane[row * input.strides[2] + column * input.strides[3]]);
               if (y.fraction > 0) slope_y += (below ? part : -part) * weights_x[right] * number;
               if (x.fraction > 0) slope_x += (right ? part : -part) * weights_y[below] * number;
-              atomicAdd(grad_plane + row * pool.width + column,
+              atomicAdd(grad_plane + row * grad_input.strides[2] + column * grad_input.strides[3],
                         part * weights_y[below] * weights_x[right]);
             }
         }
       }
     }
+    if (!grad_first) continue;
     slope_y = team_sum(slope_y, team);
     slope_x = team_sum(slope_x, team);
     if (!busy || lane) continue;
@@ -256,33 +254,34 @@ Tensor psroi_pool(const Tensor& input, const Tensor& images, const Tensor& edges
   if (!pool.bins()) return output;
   by_any_dtype(input.scalar_type(), [&](auto number) {
     using S = decltype(number);
-    stream.launch("pool_bins", pool_bins<S>, threads_for(pool.bins()), pool, Map<S>(input),
+    stream.launch("pool_bins", pool_bins<S>, threads_for(pool.bins()), pool, Map<const S>(input),
                   data<int64_t>(index), data<int64_t>(bounds), place<S>(output));
   });
   return output;
 }
 
-// A map of zeros to sum gradients of `dtype` in.
-Tensor zeros_for(const Tensor& like, const std::vector<int64_t>& size) {
+// A map of zeros to sum numbers of a tensor's dtype in.
+Tensor zeros_for(const Tensor& like, const std::vector<int64_t>& size, bool channels_last) {
   const bool wide = like.scalar_type() == ScalarType::Double;
   Tensor zeros = torch::stable::empty(size, wide ? ScalarType::Double : ScalarType::Float,
-                                      std::nullopt, like.device());
+                                      std::nullopt, like.device(), std::nullopt,
+                                      channels_last ? NHWC : NCHW);
   torch::stable::zero_(zeros);
   return zeros;
 }
 
 Tensor psroi_pool_backward(const Tensor& grad, const Tensor& images, const Tensor& edges,
-                           std::vector<int64_t> size, int64_t group_size) {
+                           std::vector<int64_t> size, int64_t group_size, bool channels_last) {
   const Stream stream(grad);
   Pool pool = {size[0], size[1], size[2], size[3], group_size, images.size(0), 1, edges.size(2)};
   pool.classes = pool.depth();
   const Tensor grads = contiguous(grad), index = contiguous(images), bounds = contiguous(edges);
-  const Tensor grad_input = zeros_for(grad, size);
+  const Tensor grad_input = zeros_for(grad, size, channels_last);
   by_any_dtype(grad.scalar_type(), [&](auto number) {
     using S = decltype(number);
     if (!pool.bins()) return;
     stream.launch("spread_bins", spread_bins<S>, threads_for(pool.bins()), pool, data<S>(grads),
-                  data<int64_t>(index), data<int64_t>(bounds), place<Sum<S>>(grad_input));
+                  data<int64_t>(index), data<int64_t>(bounds), Map<Sum<S>>(grad_input));
   });
   return torch::stable::to(grad_input, grad.scalar_type());
 }
@@ -324,27 +323,29 @@ Tensor deform_psroi_pool(const Tensor& input, const Tensor& images, const Tensor
   by_any_dtype(input.scalar_type(), [&](auto number) {
     using S = decltype(number);
     stream.launch("pool_samples", pool_samples<S>, call.blocks(), pool, call.samples<Sum<S>>(),
-                  call.team, Map<S>(input), data<int64_t>(call.images), place<S>(output));
+                  call.team, Map<const S>(input), data<int64_t>(call.images), place<S>(output));
   });
   return output;
 }
 
+// `moved`: whether the gradient of `first` is wanted; else it is empty.
 std::tuple<Tensor, Tensor> deform_psroi_pool_backward(const Tensor& grad, const Tensor& input,
                                                       const Tensor& images, const Tensor& first,
                                                       const Tensor& step, int64_t group_size,
-                                                      int64_t samples) {
+                                                      int64_t samples, bool moved) {
   const Stream stream(input);
   const Deformable call(input, images, first, step, group_size, samples);
   const Tensor grads = contiguous(grad);
-  const Tensor grad_input = zeros_for(input, size_of(input));
-  const Tensor grad_first = empty_like(call.first, size_of(first));
+  const Tensor grad_input = zeros_for(input, size_of(input), is_channels_last(input));
+  const Tensor grad_first =
+      empty_like(call.first, moved ? size_of(first) : std::vector<int64_t>{0});
   by_any_dtype(input.scalar_type(), [&](auto number) {
     using S = decltype(number);
     if (!call.pool.bins()) return;
     stream.launch("spread_samples", spread_samples<S>, call.blocks(), call.pool,
-                  call.samples<Sum<S>>(), call.team, data<S>(grads), Map<S>(input),
-                  data<int64_t>(call.images), place<Sum<S>>(grad_input),
-                  place<Sum<S>>(grad_first));
+                  call.samples<Sum<S>>(), call.team, data<S>(grads), Map<const S>(input),
+                  data<int64_t>(call.images), Map<Sum<S>>(grad_input),
+                  moved ? place<Sum<S>>(grad_first) : nullptr);
   });
   return {torch::stable::to(grad_input, input.scalar_type()), grad_first};
 }

@@ -4,6 +4,7 @@ A wrong type or dtype is a TypeError, a wrong value, shape or device a ValueErro
 """
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -63,12 +64,12 @@ def shape(op: str, name: str, value: Tensor, wanted: tuple[int, ...], legend: st
 
 
 def integer(op: str, name: str, value: object, minimum: int) -> int:
-    """An int of at least `minimum`; raises TypeError, ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """An int, or torch.compile's symbol of one, of at least `minimum`; TypeError, ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
         raise wrong_type(op, name, "an int", repr(value))
     if value < minimum:
         raise wrong(op, name, f"at least {minimum}", value)
-    return value
+    return cast(int, value)
 
 
 def pair(op: str, name: str, value: object, minimum: int) -> list[int]:
@@ -81,7 +82,9 @@ def pair(op: str, name: str, value: object, minimum: int) -> list[int]:
 
 
 def number(op: str, name: str, value: object) -> float:
-    """A finite number; raises TypeError, ValueError."""
+    """A finite number, or torch.compile's symbol of one; raises TypeError, ValueError."""
+    if isinstance(value, torch.SymFloat):
+        return cast(float, value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong_type(op, name, "a number", repr(value))
     if not math.isfinite(value):

@@ -5,6 +5,7 @@ Both ways give the same numbers, but for rounding. `DCDET_KERNELS=0` switches th
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,27 +53,41 @@ def _load_for_cuda() -> str:
 missing = _load(LIBRARY)  # why the kernels are not in use, or ""
 missing_for_cuda = _load_for_cuda()
 kernels: Any = torch.ops.dcdet_C
+bfloat16: bool = not missing and kernels.has_bfloat16()  # deform_conv2d on this CPU
+
+_library = torch.library.Library("dcdet", "FRAGMENT")
 
 
-def covers(input: Tensor) -> bool:
-    """Whether the kernels take over for `input`'s device and dtype.
+def covers(op: str, input: Tensor) -> bool:
+    """Whether a kernel computes `op` on `input`'s device in its dtype.
 
-    On a GPU they take the half types as they are; offsets, masks and positions must then be float32
-    (float64 for a float64 input).
+    Others are computed in float32, by the kernels or on torch. On a GPU the kernels' gradients are
+    summed in no fixed order: under `torch.use_deterministic_algorithms(True)` torch computes.
     """
-    if input.device.type == "cpu":
-        return not missing and input.dtype in (torch.float32, torch.float64)
-    there = not missing and not missing_for_cuda
-    return there and input.device.type == "cuda" and input.dtype in FLOATS
+    if missing or input.dtype not in FLOATS:
+        return False
+    if input.device.type == "cuda":
+        return not missing_for_cuda and not torch.are_deterministic_algorithms_enabled()
+    if input.device.type != "cpu":
+        return False
+    if input.dtype == torch.bfloat16:
+        return op == "deform_conv2d" and bfloat16
+    return input.dtype in (torch.float32, torch.float64)
 
 
-def covers_backward(input: Tensor) -> bool:
-    """Whether the kernels compute gradients, too.
+def below_autocast(op: Callable[..., Any], name: str) -> None:
+    """Under autocast, run `op` on its arguments as they are.
 
-    On a GPU they add in no fixed order, which `torch.use_deterministic_algorithms(True)` forbids.
+    Its public function has chosen their dtypes: autocast would choose one for all of them, or have
+    the products inside the operator in another.
     """
-    ordered = input.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled()
-    return covers(input) and ordered
+    for device in ("cpu", "cuda"):
+
+        def run(*arguments: Any, device: str = device) -> Any:
+            with torch.autocast(device, enabled=False):
+                return op(*arguments)
+
+        _library.impl(name, run, f"Autocast{device.upper()}")
 
 
 def describe() -> str:
@@ -80,6 +95,6 @@ def describe() -> str:
     if missing:
         return f"kernels: none, the operators run on torch, slower ({missing})"
     names = {64: "AVX512", 32: "AVX2"}
-    cpu = f"compiled for CPU, {names.get(kernels.vector_bytes(), 'baseline')} in use"
-    cuda = "compiled" if not missing_for_cuda else f"none ({missing_for_cuda})"
-    return f"kernels: {cpu}; for CUDA: {cuda}"
+    units = names.get(kernels.vector_bytes(), "baseline") + (" and AMX" if bfloat16 else "")
+    cuda = f"none ({missing_for_cuda})" if missing_for_cuda else "compiled"
+    return f"kernels: compiled for CPU, {units} in use; for CUDA: {cuda}"

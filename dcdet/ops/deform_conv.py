@@ -32,6 +32,8 @@ from dcdet.ops.rows import gather_rows, index_dtype, row_dots, scatter_rows
 
 Border = Literal["zero", "original"]
 
+OP = "deform_conv2d"
+
 # Zero rows around the map, so that all four corners of any sample can be read without a test.
 PAD = 2
 
@@ -55,54 +57,92 @@ def deform_conv2d(
 
     Shapes: input (B, C, H, W), offset (B, 2 * G * K, H', W'), weight (O, C / groups, kh, kw),
     bias (O,), mask (B, G * K, H', W') -> (B, O, H', W') in channels_last memory. Groups and offset
-    groups follow from the shapes. Offset and mask have the input's dtype or float32; half types are
-    computed in float32. Raises TypeError and ValueError, naming the argument.
+    groups follow from the shapes. Offset and mask have the input's dtype or float32. Half types are
+    computed in float32 and rounded once; only bfloat16 on a CPU with AMX has its samples rounded,
+    too. Raises TypeError and ValueError, naming the argument.
     """
-    op = "deform_conv2d"
-    checks.floating(op, "input", input, 4)
-    checks.alike(op, "weight", weight, 4, input)
-    checks.alike(op, "offset", offset, 4, input, torch.float32)
-    strides = checks.pair(op, "stride", stride, 1)
-    paddings = checks.pair(op, "padding", padding, 0)
-    dilations = checks.pair(op, "dilation", dilation, 1)
+    strides = checks.pair(OP, "stride", stride, 1)
+    paddings = checks.pair(OP, "padding", padding, 0)
+    dilations = checks.pair(OP, "dilation", dilation, 1)
     if border not in ("zero", "original"):
-        raise checks.wrong(op, "border", "'zero' or 'original'", repr(border))
+        raise checks.wrong(OP, "border", "'zero' or 'original'", repr(border))
+    _check(input, offset, weight, bias, mask, strides, paddings, dilations, operator=False)
+    positions = checks.compute_dtype(input)
+    dtype = input.dtype if compiled.covers(OP, input) else positions
+    output: Tensor = _deform_conv2d(
+        input.to(dtype),
+        offset.to(positions),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        None if mask is None else mask.to(positions),
+        strides,
+        paddings,
+        dilations,
+        border == "original",
+    )
+    return output.to(input.dtype)
 
+
+def _check(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    *,
+    grad: Tensor | None = None,
+    operator: bool = True,
+) -> None:
+    """What the public function, the operator, its backward and its fake kernel all ask for.
+
+    The operator is given offset and mask in the dtype of positions.
+    """
+    checks.floating(OP, "input", input, 4)
+    checks.alike(OP, "weight", weight, 4, input)
+    checks.alike(OP, "offset", offset, 4, input, torch.float32)
+    for name, pair, minimum in (
+        ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)
+    ):  # fmt: skip
+        checks.pair(OP, name, pair, minimum)
     batch, channels, *size = input.shape
     out_channels, group_channels, *kernel = weight.shape
     if min(channels, *size) < 1:
-        raise checks.wrong(op, "input", "of at least 1 channel and pixel", tuple(input.shape))
+        raise checks.wrong(OP, "input", "of at least 1 channel and pixel", tuple(input.shape))
     if min(weight.shape) < 1 or channels % group_channels:
         wanted = f"(O, C / groups, kh, kw) where C = {channels}"
-        raise checks.wrong(op, "weight", wanted, f"shape {tuple(weight.shape)}")
+        raise checks.wrong(OP, "weight", wanted, f"shape {tuple(weight.shape)}")
     if out_channels % (channels // group_channels):
         wanted = f"of O divisible by the {channels // group_channels} groups"
-        raise checks.wrong(op, "weight", wanted, f"shape {tuple(weight.shape)}")
-    reach = [dilations[i] * (kernel[i] - 1) + 1 - 2 * paddings[i] for i in (0, 1)]
-    out_h, out_w = [(size[i] - reach[i]) // strides[i] + 1 for i in (0, 1)]
+        raise checks.wrong(OP, "weight", wanted, f"shape {tuple(weight.shape)}")
+    reach = [dilation[i] * (kernel[i] - 1) + 1 - 2 * padding[i] for i in (0, 1)]
+    out_h, out_w = [(size[i] - reach[i]) // stride[i] + 1 for i in (0, 1)]
     if min(out_h, out_w) < 1:
         wanted = f"no larger than the padded input {tuple(size)}"
-        raise checks.wrong(op, "kernel", wanted, f"{tuple(kernel)} with dilation {dilations}")
+        raise checks.wrong(OP, "kernel", wanted, f"{tuple(kernel)} with dilation {dilation}")
     taps = kernel[0] * kernel[1]
     offset_groups = offset.shape[1] // (2 * taps)
     if offset_groups < 1 or channels % offset_groups:
         wanted = f"of 2 * G * {taps} channels, G a divisor of {channels}"
-        raise checks.wrong(op, "offset", wanted, f"shape {tuple(offset.shape)}")
+        raise checks.wrong(OP, "offset", wanted, f"shape {tuple(offset.shape)}")
     wanted_shape = (batch, 2 * offset_groups * taps, out_h, out_w)
-    checks.shape(op, "offset", offset, wanted_shape, "(B, 2 * G * K, H', W')")
+    checks.shape(OP, "offset", offset, wanted_shape, "(B, 2 * G * K, H', W')")
     if bias is not None:
-        checks.alike(op, "bias", bias, 1, input)
-        checks.shape(op, "bias", bias, (out_channels,), "(O,)")
+        checks.alike(OP, "bias", bias, 1, input)
+        checks.shape(OP, "bias", bias, (out_channels,), "(O,)")
     if mask is not None:
-        checks.alike(op, "mask", mask, 4, input, torch.float32)
+        checks.alike(OP, "mask", mask, 4, input, torch.float32)
         wanted_shape = (batch, offset_groups * taps, out_h, out_w)
-        checks.shape(op, "mask", mask, wanted_shape, "(B, G * K, H', W')")
-
-    dtype = checks.compute_dtype(input)
-    tensors = [None if t is None else t.to(dtype) for t in (input, offset, weight, bias, mask)]
-    geometry = (strides, paddings, dilations, border == "original")
-    output: Tensor = _deform_conv2d(*tensors, *geometry)
-    return output.to(input.dtype)
+        checks.shape(OP, "mask", mask, wanted_shape, "(B, G * K, H', W')")
+    if grad is not None:
+        checks.alike(OP, "grad", grad, 4, input)
+        checks.shape(OP, "grad", grad, (batch, out_channels, out_h, out_w), "(B, O, H', W')")
+    if operator:
+        for name, tensor in (("offset", offset), ("mask", mask)):
+            if tensor is not None and tensor.dtype != checks.compute_dtype(input):
+                raise checks.wrong_type(OP, name, f"{checks.compute_dtype(input)}", tensor.dtype)
 
 
 class _Samples(NamedTuple):
@@ -254,7 +294,8 @@ def _deform_conv2d(
     dilation: list[int],
     original: bool,
 ) -> Tensor:
-    if compiled.covers(input):
+    _check(input, offset, weight, bias, mask, stride, padding, dilation)
+    if compiled.covers(OP, input):
         geometry = (stride, padding, dilation, original)
         return compiled.kernels.deform_conv2d(input, offset, weight, bias, mask, *geometry)
     sampler = _Sampler(input, offset, weight, mask, original)
@@ -288,7 +329,8 @@ def _deform_conv2d_backward(
     The columns are sampled anew: that takes a tenth of the time of the products around it, and no
     memory outlives a run.
     """
-    if compiled.covers(input):
+    _check(input, offset, weight, None, mask, stride, padding, dilation, grad=grad)
+    if compiled.covers(OP, input):
         geometry = (stride, padding, dilation, original)
         return compiled.kernels.deform_conv2d_backward(grad, input, offset, weight, mask, *geometry)
     sampler = _Sampler(input, offset, weight, mask, original)
@@ -324,20 +366,40 @@ def _deform_conv2d_backward(
 
 
 @_deform_conv2d.register_fake
-def _(input: Tensor, offset: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+def _(
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    original: bool,
+) -> Tensor:
+    _check(input, offset, weight, bias, mask, stride, padding, dilation)
     size = (input.shape[0], offset.shape[2], offset.shape[3], weight.shape[0])
     return input.new_empty(size).permute(0, 3, 1, 2)
 
 
 @_deform_conv2d_backward.register_fake
 def _(
-    grad: Tensor, input: Tensor, offset: Tensor, weight: Tensor, mask: Tensor | None, *rest: Any
+    grad: Tensor,
+    input: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    mask: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    original: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check(input, offset, weight, None, mask, stride, padding, dilation, grad=grad)
     return (
         torch.empty_like(input, memory_format=torch.channels_last),
         torch.empty_like(offset, memory_format=torch.contiguous_format),
         torch.empty_like(weight, memory_format=torch.channels_last),
-        input.new_empty(0 if mask is None else mask.shape),
+        offset.new_empty(0 if mask is None else mask.shape),
     )
 
 
@@ -359,6 +421,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _deform_conv2d.register_autograd(_backward, setup_context=_save)
-for _op in (_deform_conv2d, _deform_conv2d_backward):
-    for _device in ("cpu", "cuda"):
-        _op.register_autocast(_device, torch.float32)
+compiled.below_autocast(_deform_conv2d, "deform_conv2d")
+compiled.below_autocast(_deform_conv2d_backward, "deform_conv2d_backward")

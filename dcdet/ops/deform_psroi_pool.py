@@ -31,11 +31,14 @@ from dcdet.ops.rois import (
     check_rois,
     groups_of_bins,
     image_indices,
+    layout_of,
     map_of_groups,
     spans,
     table_of_groups,
 )
 from dcdet.ops.rows import gather_rows, index_dtype, row_dots, scatter_rows
+
+OP = "deform_psroi_pool"
 
 # Corners that are listed at once; a corner takes about 40 bytes.
 CORNERS = 1 << 20
@@ -63,24 +66,40 @@ def deform_psroi_pool(
     shifts -> (R, D, p, p) in the input's dtype. `part_size` 0 means pooled_size; `sample_per_part`
     is n. Raises TypeError and ValueError, naming the argument.
     """
-    op = "deform_psroi_pool"
-    check_rois(op, input, rois, spatial_scale, output_dim, group_size, pooled_size)
-    part = checks.integer(op, "part_size", part_size, 0) or pooled_size
-    checks.integer(op, "sample_per_part", sample_per_part, 1)
-    checks.number(op, "trans_std", trans_std)
+    checks.integer(OP, "part_size", part_size, 0)
+    grid = [output_dim, group_size, pooled_size, part_size or pooled_size, sample_per_part]
+    _check(input, rois, trans, grid, spatial_scale, trans_std)
+    dtype = checks.compute_dtype(input)
+    tensors = [None if t is None else t.to(dtype) for t in (input, rois, trans)]
+    output: Tensor = _deform_psroi_pool(*tensors, grid, float(spatial_scale), float(trans_std))
+    return output.to(input.dtype)
+
+
+def _check(
+    input: Tensor,
+    rois: Tensor,
+    trans: Tensor | None,
+    grid: list[int],
+    scale: float,
+    std: float,
+    grad: Tensor | None = None,
+) -> None:
+    """What the public function, the operator, its backward and its fake kernel all ask for."""
+    if len(grid) != 5:
+        raise checks.wrong(OP, "grid", "of 5 ints", grid)
+    output_dim, group_size, pooled_size, part, samples = grid
+    check_rois(OP, input, rois, scale, output_dim, group_size, pooled_size, grad)
+    checks.integer(OP, "part_size", part, 1)
+    checks.integer(OP, "sample_per_part", samples, 1)
+    checks.number(OP, "trans_std", std)
     if trans is not None:
-        checks.alike(op, "trans", trans, 4, input, torch.float32)
+        checks.alike(OP, "trans", trans, 4, input, torch.float32)
         classes = trans.shape[1] // 2
         if classes < 1 or output_dim % classes:
             wanted = f"of 2 * K channels, K a divisor of output_dim = {output_dim}"
-            raise checks.wrong(op, "trans", wanted, f"shape {tuple(trans.shape)}")
+            raise checks.wrong(OP, "trans", wanted, f"shape {tuple(trans.shape)}")
         wanted_shape = (rois.shape[0], 2 * classes, part, part)
-        checks.shape(op, "trans", trans, wanted_shape, "(R, 2 * K, part, part)")
-    dtype = checks.compute_dtype(input)
-    tensors = [None if t is None else t.to(dtype) for t in (input, rois, trans)]
-    grid = [output_dim, group_size, pooled_size, part, sample_per_part]
-    output: Tensor = _deform_psroi_pool(*tensors, grid, float(spatial_scale), float(trans_std))
-    return output.to(input.dtype)
+        checks.shape(OP, "trans", trans, wanted_shape, "(R, 2 * K, part, part)")
 
 
 class _Corners(NamedTuple):
@@ -119,7 +138,7 @@ class _Pooling:
     ) -> None:
         self.input = input
         self.depth, self.group_size, self.pooled, part_size, self.samples = grid
-        self.images = image_indices("deform_psroi_pool", rois, input.shape[0])
+        self.images = image_indices(OP, rois, input.shape[0])
         self.classes = 1 if trans is None else trans.shape[1] // 2
         self.blocks = 1 if self.classes == 1 else self.depth
         self.groups = groups_of_bins(self.group_size, self.pooled, rois.device)
@@ -172,7 +191,7 @@ class _Pooling:
     def grad_input(self, grad_table: Tensor) -> Tensor:
         """The table's gradient -> the input's."""
         padded = map_of_groups(grad_table, self.padded, self.blocks, self.group_size)
-        return padded[..., :-1, :-1].contiguous()
+        return padded[..., :-1, :-1].contiguous(memory_format=layout_of(self.input))
 
     def grad_trans(self, grad_first: Tensor, trans: Tensor, std: float) -> Tensor:
         """Gradients of the first positions (2, R, blocks, p, p) -> (R, 2 * K, part, part)."""
@@ -339,8 +358,9 @@ def _deform_psroi_pool(
     input: Tensor, rois: Tensor, trans: Tensor | None, grid: list[int], scale: float, std: float
 ) -> Tensor:
     """`grid` is (output_dim, group_size, pooled_size, part_size, sample_per_part)."""
+    _check(input, rois, trans, grid, scale, std)
     pooling = _Pooling(input, rois, trans, grid, scale, std)
-    if compiled.covers(input):
+    if compiled.covers(OP, input):
         return compiled.kernels.deform_psroi_pool(input, *pooling.for_kernel())
     return _rows_forward(pooling) if pooling.blocks == 1 else _planes_forward(pooling)
 
@@ -359,11 +379,13 @@ def _deform_psroi_pool_backward(
 
     RoIs without a gradient are passed over: hard-example mining leaves most of them so.
     """
+    _check(input, rois, trans, grid, scale, std, grad)
     no_trans = grad.new_empty(0)
-    if compiled.covers(input):
+    if compiled.covers(OP, input):
         pooling = _Pooling(input, rois, trans, grid, scale, std)
         backward = compiled.kernels.deform_psroi_pool_backward
-        grad_input, grad_first = backward(grad, input, *pooling.for_kernel())
+        moved = trans is not None
+        grad_input, grad_first = backward(grad, input, *pooling.for_kernel(), moved)
         return grad_input, no_trans if trans is None else pooling.grad_trans(grad_first, trans, std)
     live = grad.flatten(1).ne(0).any(1).nonzero()[:, 0]
     live_trans = None if trans is None else trans[live]
@@ -378,15 +400,26 @@ def _deform_psroi_pool_backward(
 
 
 @_deform_psroi_pool.register_fake
-def _(input: Tensor, rois: Tensor, trans: Tensor | None, grid: list[int], *rest: Any) -> Tensor:
+def _(
+    input: Tensor, rois: Tensor, trans: Tensor | None, grid: list[int], scale: float, std: float
+) -> Tensor:
+    _check(input, rois, trans, grid, scale, std)
     return input.new_empty(rois.shape[0], grid[0], grid[2], grid[2])
 
 
 @_deform_psroi_pool_backward.register_fake
 def _(
-    grad: Tensor, input: Tensor, rois: Tensor, trans: Tensor | None, *rest: Any
+    grad: Tensor,
+    input: Tensor,
+    rois: Tensor,
+    trans: Tensor | None,
+    grid: list[int],
+    scale: float,
+    std: float,
 ) -> tuple[Tensor, Tensor]:
-    return input.new_empty(input.shape), grad.new_empty(0 if trans is None else trans.shape)
+    _check(input, rois, trans, grid, scale, std, grad)
+    grad_input = input.new_empty(input.shape).contiguous(memory_format=layout_of(input))
+    return grad_input, grad.new_empty(0 if trans is None else trans.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -401,6 +434,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _deform_psroi_pool.register_autograd(_backward, setup_context=_save)
-for _op in (_deform_psroi_pool, _deform_psroi_pool_backward):
-    for _device in ("cpu", "cuda"):
-        _op.register_autocast(_device, torch.float32)
+compiled.below_autocast(_deform_psroi_pool, "deform_psroi_pool")
+compiled.below_autocast(_deform_psroi_pool_backward, "deform_psroi_pool_backward")

@@ -17,11 +17,14 @@ from dcdet.ops.rois import (
     check_rois,
     groups_of_bins,
     image_indices,
+    layout_of,
     map_of_groups,
     spans,
     table_of_groups,
 )
 from dcdet.ops.rows import scatter_rows
+
+OP = "psroi_pool"
 
 # Cells listed at once; a cell takes about 40 bytes.
 CELLS = 4 << 20
@@ -41,7 +44,7 @@ def psroi_pool(
     no gradient. `spatial_scale` is map pixels per image pixel. Raises TypeError and ValueError,
     naming the argument.
     """
-    check_rois("psroi_pool", input, rois, spatial_scale, output_dim, group_size, pooled_size)
+    check_rois(OP, input, rois, spatial_scale, output_dim, group_size, pooled_size)
     dtype = checks.compute_dtype(input)
     output: Tensor = _psroi_pool(
         input.to(dtype), rois.to(dtype), float(spatial_scale), output_dim, group_size, pooled_size
@@ -69,9 +72,9 @@ class _Bins:
         self, shape: torch.Size, rois: Tensor, scale: float, group_size: int, pooled_size: int
     ) -> None:
         self.height, self.width = shape[2:]
-        self.pooled = pooled_size
+        self.pooled, self.group_size = pooled_size, group_size
         self.broken = rois.isnan().any(1)
-        self.images = images = image_indices("psroi_pool", rois, shape[0])
+        self.images = image_indices(OP, rois, shape[0])
         bins = torch.arange(pooled_size, device=rois.device, dtype=rois.dtype)
         start, end = (edge[..., None] for edge in spans(rois, scale))
         bin_size = (end - start).clamp(min=0.1) / pooled_size
@@ -83,23 +86,24 @@ class _Bins:
         rows, columns = torch.where(real, last - first, 0).long()
         self.edges = torch.stack([top, top + rows, left, left + columns])
         self.areas = rows[:, :, None] * columns[:, None]
-        self.columns = columns[:, None].expand_as(self.areas)
-        group = groups_of_bins(group_size, pooled_size, rois.device)
-        groups = (images[:, None, None] * group_size + group[:, None]) * group_size + group
-        self.first = (groups * self.height + top[:, :, None]) * self.width + left[:, None]
 
     def runs(self) -> Iterator[_Cells]:
         """The cells of all bins, a few RoIs at a time; work a RoI is bounded by the map's size."""
+        top, _, left, right = self.edges
+        columns = (right - left)[:, None].expand_as(self.areas)
+        group = groups_of_bins(self.group_size, self.pooled, top.device)
+        groups = (self.images[:, None, None] * self.group_size + group[:, None]) * self.group_size
+        firsts = ((groups + group) * self.height + top[:, :, None]) * self.width + left[:, None]
         most = (self.height + 2 * self.pooled) * (self.width + 2 * self.pooled)
         step = max(1, CELLS // most)
         for begin in range(0, self.areas.shape[0], step):
             areas = self.areas[begin : begin + step].reshape(-1)
-            first = self.first[begin : begin + step].reshape(-1)
+            first = firsts[begin : begin + step].reshape(-1)
             starts = areas.cumsum(0) - areas
             owners = torch.repeat_interleave(areas)
             place = torch.arange(owners.shape[0], device=owners.device) - starts[owners]
-            columns = self.columns[begin : begin + step].reshape(-1)[owners]
-            rows = first[owners] + place // columns * self.width + place % columns
+            wide = columns[begin : begin + step].reshape(-1)[owners]
+            rows = first[owners] + place // wide * self.width + place % wide
             bins = slice(begin * self.pooled**2, begin * self.pooled**2 + areas.shape[0])
             yield _Cells(bins, rows, starts, owners)
 
@@ -113,10 +117,12 @@ def _psroi_pool(
     group_size: int,
     pooled_size: int,
 ) -> Tensor:
+    check_rois(OP, input, rois, spatial_scale, output_dim, group_size, pooled_size)
     bins = _Bins(input.shape, rois, spatial_scale, group_size, pooled_size)
-    if compiled.covers(input):
+    if compiled.covers(OP, input):
         pooled = compiled.kernels.psroi_pool(input, bins.images, bins.edges, group_size)
-        pooled[bins.broken] = torch.nan
+        if bins.broken.any():
+            pooled[bins.broken] = torch.nan
         return pooled
     table = table_of_groups(input, 1, group_size)
     output = input.new_zeros(bins.areas.numel(), output_dim)
@@ -137,11 +143,15 @@ def _psroi_pool_backward(
     spatial_scale: float,
     group_size: int,
     pooled_size: int,
+    channels_last: bool,
 ) -> Tensor:
+    """The gradient of the input, in channels_last memory if so wanted."""
+    depth = grad.shape[1]
+    check_rois(OP, input_shape, rois, spatial_scale, depth, group_size, pooled_size, grad)
     shape = torch.Size(input_shape)
     bins = _Bins(shape, rois, spatial_scale, group_size, pooled_size)
-    if compiled.covers(grad):
-        geometry = (bins.images, bins.edges, input_shape, group_size)
+    if compiled.covers(OP, grad):
+        geometry = (bins.images, bins.edges, input_shape, group_size, channels_last)
         return compiled.kernels.psroi_pool_backward(grad, *geometry)
     shares = grad.permute(0, 2, 3, 1) / bins.areas.clamp(min=1)[..., None]
     shares = shares.reshape(-1, grad.shape[1])
@@ -149,7 +159,12 @@ def _psroi_pool_backward(
     grad_table = table_of_groups(grad_input, 1, group_size)
     for run in bins.runs():
         scatter_rows(shares[run.bins], run.rows, run.owners, None, grad_table)
-    return map_of_groups(grad_table, grad_input, 1, group_size)
+    grad_input = map_of_groups(grad_table, grad_input, 1, group_size)
+    return grad_input.contiguous(memory_format=_format(channels_last))
+
+
+def _format(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 @_psroi_pool.register_fake
@@ -161,18 +176,30 @@ def _(
     group_size: int,
     pooled_size: int,
 ) -> Tensor:
+    check_rois(OP, input, rois, spatial_scale, output_dim, group_size, pooled_size)
     return input.new_empty(rois.shape[0], output_dim, pooled_size, pooled_size)
 
 
 @_psroi_pool_backward.register_fake
-def _(grad: Tensor, rois: Tensor, input_shape: list[int], *rest: Any) -> Tensor:
-    return grad.new_empty(input_shape)
+def _(
+    grad: Tensor,
+    rois: Tensor,
+    input_shape: list[int],
+    spatial_scale: float,
+    group_size: int,
+    pooled_size: int,
+    channels_last: bool,
+) -> Tensor:
+    depth = grad.shape[1]
+    check_rois(OP, input_shape, rois, spatial_scale, depth, group_size, pooled_size, grad)
+    return grad.new_empty(input_shape).contiguous(memory_format=_format(channels_last))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, rois, spatial_scale, _, group_size, pooled_size = inputs
     ctx.save_for_backward(rois)
-    ctx.geometry = list(input.shape), spatial_scale, group_size, pooled_size
+    channels_last = layout_of(input) == torch.channels_last
+    ctx.geometry = list(input.shape), spatial_scale, group_size, pooled_size, channels_last
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -181,6 +208,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _psroi_pool.register_autograd(_backward, setup_context=_save)
-for _op in (_psroi_pool, _psroi_pool_backward):
-    for _device in ("cpu", "cuda"):
-        _op.register_autocast(_device, torch.float32)
+compiled.below_autocast(_psroi_pool, "psroi_pool")
+compiled.below_autocast(_psroi_pool_backward, "psroi_pool_backward")

@@ -24,21 +24,36 @@ def check_rois(
     output_dim: object,
     group_size: object,
     pooled_size: object,
+    grad: object = None,
 ) -> None:
-    """Check the arguments that both ops have; raises TypeError, ValueError."""
-    map_ = checks.floating(op, "input", input, 4)
-    rows = checks.alike(op, "rois", rois, 2, map_, torch.float32)
+    """Check the arguments that both ops have; raises TypeError, ValueError.
+
+    For a backward pass `grad` is the pooled gradient, and `input` may be the input's shape alone.
+    """
+    if isinstance(input, list):
+        like = checks.floating(op, "grad", grad, 4)
+        if len(input) != 4:
+            raise checks.wrong(op, "input_shape", "of 4 dimensions", input)
+        shape = tuple(input)
+    else:
+        like = checks.floating(op, "input", input, 4)
+        shape = tuple(like.shape)
+    rows = checks.alike(op, "rois", rois, 2, like, torch.float32)
     checks.shape(op, "rois", rows, (rows.shape[0], 5), "(R, 5)")
     if checks.number(op, "spatial_scale", spatial_scale) <= 0:
         raise checks.wrong(op, "spatial_scale", "positive", spatial_scale)
     depth = checks.integer(op, "output_dim", output_dim, 1)
     group = checks.integer(op, "group_size", group_size, 1)
-    checks.integer(op, "pooled_size", pooled_size, 1)
-    if map_.shape[1] != depth * group * group:
+    pooled = checks.integer(op, "pooled_size", pooled_size, 1)
+    if shape[1] != depth * group * group:
         wanted = f"of output_dim * group_size^2 = {depth * group * group} channels"
-        raise checks.wrong(op, "input", wanted, f"shape {tuple(map_.shape)}")
-    if min(map_.shape[2:]) < 1:
-        raise checks.wrong(op, "input", "of at least 1 pixel", f"shape {tuple(map_.shape)}")
+        raise checks.wrong(op, "input", wanted, f"shape {shape}")
+    if min(shape[2:]) < 1:
+        raise checks.wrong(op, "input", "of at least 1 pixel", f"shape {shape}")
+    if grad is not None:
+        pooled_grad = checks.alike(op, "grad", grad, 4, like)
+        wanted_shape = (rows.shape[0], depth, pooled, pooled)
+        checks.shape(op, "grad", pooled_grad, wanted_shape, "(R, output_dim, p, p)")
 
 
 def image_indices(op: str, rois: Tensor, images: int) -> Tensor:
@@ -83,6 +98,14 @@ def map_of_groups(table: Tensor, input: Tensor, blocks: int, group_size: int) ->
     """The inverse of `table_of_groups`: rows -> the shape of `input`."""
     split = _split(input, blocks, group_size).permute(0, 1, 3, 4, 2)
     return table.view(split.shape).permute(0, 1, 4, 2, 3).reshape_as(input)
+
+
+def layout_of(input: Tensor) -> torch.memory_format:
+    """The memory format of `input`'s gradient: channels_last where the input lies so."""
+    by_pixel = input.is_contiguous(memory_format=torch.channels_last)
+    return (
+        torch.channels_last if by_pixel and not input.is_contiguous() else torch.contiguous_format
+    )
 
 
 def _split(input: Tensor, blocks: int, group_size: int) -> Tensor:

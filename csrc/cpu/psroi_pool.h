@@ -1,0 +1,61 @@
+// What the position-sensitive RoI poolings' kernels are given.
+#pragma once
+
+#include <cstdint>
+
+#include "../sampling.h"
+
+namespace dcdet {
+
+// Bins that are worked on side by side.
+constexpr int64_t LANES = 16;
+
+// What LANES bins read of one plane. Along each axis a bin reads `count` cells, each with a weight;
+// a cell of weight 0 is not read and may lie anywhere. A row's cell is where the row begins.
+//
+// After the struct follow `rows`, then `columns` entries; an entry is LANES cells, LANES weights and
+// LANES slopes (of the weight, when the bin moves; only where the gradients are wanted).
+template <typename T>
+struct Block {
+  int64_t rows, columns, bins;  // lanes beyond `bins` are not in use
+  int64_t roi[LANES], place[LANES];  // which bins they are: place counts those of a RoI
+  T divisor[LANES];
+};
+
+template <typename T>
+struct Entry {
+  int32_t cell[LANES];
+  T weight[LANES];
+  T slope[LANES];
+};
+
+template <typename T>
+DCDET_INLINE Entry<T>* entries_of(Block<T>* block) {
+  return reinterpret_cast<Entry<T>*>(block + 1);
+}
+
+template <typename T>
+DCDET_INLINE const Entry<T>* entries_of(const Block<T>* block) {
+  return reinterpret_cast<const Entry<T>*>(block + 1);
+}
+
+// One axis of LANES bins: samples at first, first + step, ... on a side of `length` cells, which
+// lie `stride` apart.
+template <typename T>
+struct Samples {
+  T first[LANES], step[LANES];
+  int64_t count, length, stride;
+};
+
+// One instruction set's kernels; see psroi_pool_kernel.h.
+template <typename T>
+struct PoolKernels {
+  void (*list_cells)(const int32_t*, const int32_t*, int64_t, int64_t, Entry<T>*);
+  int64_t (*find_entries)(const Samples<T>&, int32_t*, T*, Entry<T>*, T*);
+  void (*pool)(const Block<T>&, const T*, T*);
+  void (*spread)(const Block<T>&, const T*, T*);
+  void (*slopes)(const Block<T>&, const T*, T*, T*);
+  void (*turn)(const T*, int64_t, int64_t, int64_t, T*, int64_t);
+};
+
+}  // namespace dcdet

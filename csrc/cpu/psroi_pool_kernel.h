@@ -1,0 +1,191 @@
+// The position-sensitive RoI poolings for one instruction set; see instruction_sets.h.
+//
+// A vector holds one number for each of LANES bins.
+
+#include "turn.h"
+
+template <typename T>
+struct Wide {
+  typedef T Vector __attribute__((vector_size(LANES * sizeof(T)), aligned(sizeof(T)), may_alias));
+};
+
+template <typename T>
+using Vector = typename Wide<T>::Vector;
+using Cells32 = Vector<int32_t>;
+
+template <typename T>
+DCDET_INLINE Vector<T>& lanes(T* numbers) {
+  return *reinterpret_cast<Vector<T>*>(numbers);
+}
+
+template <typename T>
+DCDET_INLINE const Vector<T>& lanes(const T* numbers) {
+  return *reinterpret_cast<const Vector<T>*>(numbers);
+}
+
+// The numbers of cells whose weight is not 0; the others are not read, and 0.
+template <typename T>
+DCDET_INLINE Vector<T> read(const T* plane, const Cells32& cells, const Vector<T>& weight) {
+  Vector<T> numbers;
+#if VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    const __m512 w = (__m512)weight;
+    const __mmask16 wanted = _mm512_cmp_ps_mask(w, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+    numbers = (Vector<T>)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), wanted, (__m512i)cells,
+                                                  plane, 4);
+  } else {
+    for (int64_t l = 0; l < LANES; l += 8) {
+      const __m512d w = _mm512_loadu_pd((const double*)&weight + l);
+      const __mmask8 wanted = _mm512_cmp_pd_mask(w, _mm512_setzero_pd(), _CMP_NEQ_UQ);
+      const __m256i cell = _mm256_loadu_si256((const __m256i*)((const int32_t*)&cells + l));
+      _mm512_storeu_pd((double*)&numbers + l, _mm512_mask_i32gather_pd(_mm512_setzero_pd(), wanted,
+                                                                       cell, plane, 8));
+    }
+  }
+#else
+  for (int64_t l = 0; l < LANES; ++l) numbers[l] = weight[l] != 0 ? plane[cells[l]] : T(0);
+#endif
+  return numbers;
+}
+
+// Find what bins read along an axis; -> how many entries, at most twice the samples.
+//
+// Samples outside [-0.5, length - 0.5] are dropped, the others held inside. `kept` counts those in
+// use: NaN where a position is. `lows` and `fractions` have room for count * LANES numbers.
+template <typename T>
+int64_t find_entries(const Samples<T>& s, int32_t* lows, T* fractions, Entry<T>* entries, T* kept) {
+  const Vector<T> zero = {}, one = zero + 1;
+  const Vector<T> first = lanes(s.first), step = lanes(s.step);
+  const T last = T(s.length) - 1, end = T(s.length) - T(0.5);
+  const int32_t length = int32_t(s.length), stride = int32_t(s.stride);
+  Vector<T> total = zero, used = zero;
+  Cells32 lowest = Cells32{} + length, highest = Cells32{} - 1;
+  for (int64_t i = 0; i < s.count; ++i) {
+    const Vector<T> place = first + T(i) * step;
+    const auto inside = (place >= T(-0.5)) & (place <= end);
+    Vector<T> held = place < 0 ? zero : place;
+    held = held > last ? zero + last : held;
+    held = inside ? held : zero;  // a NaN must not be cast
+    const Cells32 cell = __builtin_convertvector(held, Cells32);
+    const Vector<T> beyond = held - __builtin_convertvector(cell, Vector<T>);
+    const Cells32 in = __builtin_convertvector(inside, Cells32);
+    const Cells32 high = cell - __builtin_convertvector(beyond > 0, Cells32);
+    total += place;
+    used += inside ? one : zero;
+    lanes(fractions + i * LANES) = beyond;
+    lanes(lows + i * LANES) = in ? cell : Cells32{} - 2;  // neither it nor the next is a cell
+    lowest = in & (cell < lowest) ? cell : lowest;
+    highest = in & (high > highest) ? high : highest;
+  }
+  lanes(kept) = total == total ? used : total;
+  int32_t span = 0;
+  for (int64_t l = 0; l < LANES; ++l) {
+    const int32_t cells = highest[l] - lowest[l] + 1;
+    span = cells > span ? cells : span;
+  }
+  if (span > 2 * s.count) {  // cells far apart: two a sample
+    for (int64_t i = 0; i < s.count; ++i) {
+      const Cells32 low = lanes(lows + i * LANES);
+      const Vector<T> fraction = lanes(fractions + i * LANES);
+      const auto inside = __builtin_convertvector(low >= 0, decltype(fraction > 0));
+      const auto between = inside & (fraction > 0);
+      Entry<T>&lower = entries[2 * i], &upper = entries[2 * i + 1];
+      lanes(lower.cell) = (low >= 0) & (low * stride);
+      lanes(upper.cell) = (low >= 0) & (low < length - 1) & ((low + 1) * stride);
+      lanes(lower.weight) = inside ? one - fraction : zero;
+      lanes(upper.weight) = between ? fraction : zero;
+      lanes(lower.slope) = between ? -one : zero;
+      lanes(upper.slope) = between ? one : zero;
+    }
+    return 2 * s.count;
+  }
+  for (int32_t e = 0; e < span; ++e) {  // samples that share a cell share its entry
+    const Cells32 cell = lowest + e;
+    Vector<T> weight = zero, slope = zero;
+    for (int64_t i = 0; i < s.count; ++i) {
+      const Cells32 low = lanes(lows + i * LANES);
+      const Vector<T> fraction = lanes(fractions + i * LANES);
+      const auto is_low = __builtin_convertvector(low == cell, decltype(fraction > 0));
+      const auto is_high = __builtin_convertvector(low + 1 == cell, decltype(fraction > 0));
+      const Vector<T> change = fraction > 0 ? one : zero;
+      weight += is_low ? one - fraction : is_high ? fraction : zero;
+      slope += is_low ? -change : is_high ? change : zero;
+    }
+    lanes(entries[e].cell) = cell * stride;
+    lanes(entries[e].weight) = weight;
+    lanes(entries[e].slope) = slope;
+  }
+  return span;
+}
+
+// sums[l] = what bin l reads of the plane, divided.
+template <typename T>
+void pool(const Block<T>& block, const T* plane, T* sums) {
+  const Entry<T>*rows = entries_of(&block), *columns = rows + block.rows;
+  Vector<T> total = {};
+  for (int64_t a = 0; a < block.rows; ++a)
+    for (int64_t b = 0; b < block.columns; ++b) {
+      const Vector<T> weight = lanes(rows[a].weight) * lanes(columns[b].weight);
+      const Cells32 cells = lanes(rows[a].cell) + lanes(columns[b].cell);
+      total += weight * read(plane, cells, weight);
+    }
+  lanes(sums) = total / lanes(block.divisor);
+}
+
+// The plane's gradient, from the bins' shares of theirs.
+template <typename T>
+void spread(const Block<T>& block, const T* shares, T* plane) {
+  const Entry<T>*rows = entries_of(&block), *columns = rows + block.rows;
+  for (int64_t l = 0; l < block.bins; ++l) {
+    if (shares[l] == 0) continue;
+    for (int64_t a = 0; a < block.rows; ++a) {
+      const T along = shares[l] * rows[a].weight[l];
+      if (rows[a].weight[l] == 0) continue;
+      T* row = plane + rows[a].cell[l];
+      for (int64_t b = 0; b < block.columns; ++b)
+        if (columns[b].weight[l] != 0) row[columns[b].cell[l]] += along * columns[b].weight[l];
+    }
+  }
+}
+
+// How much a bin's sum grows when it moves down and right.
+template <typename T>
+void slopes(const Block<T>& block, const T* plane, T* down, T* right) {
+  const Entry<T>*rows = entries_of(&block), *columns = rows + block.rows;
+  Vector<T> along_y = {}, along_x = {};
+  for (int64_t a = 0; a < block.rows; ++a) {
+    const Vector<T> row_weight = lanes(rows[a].weight);
+    Vector<T> weighted = {}, sloped = {};
+    for (int64_t b = 0; b < block.columns; ++b) {
+      const Cells32 cells = lanes(rows[a].cell) + lanes(columns[b].cell);
+      const Vector<T> weight = lanes(columns[b].weight);
+      const Vector<T> number = read(plane, cells, row_weight * weight);
+      weighted += weight * number;
+      sloped += lanes(columns[b].slope) * number;
+    }
+    along_y += lanes(rows[a].slope) * weighted;
+    along_x += row_weight * sloped;
+  }
+  lanes(down) = along_y;
+  lanes(right) = along_x;
+}
+
+// Cells first, ..., first + count - 1, with weight 1.
+template <typename T>
+void list_cells(const int32_t* first, const int32_t* count, int64_t stride, int64_t most,
+                Entry<T>* entries) {
+  const Vector<T> zero = {};
+  for (int32_t e = 0; e < most; ++e) {
+    const Cells32 there = lanes(count) > e;
+    lanes(entries[e].cell) = there & ((lanes(first) + e) * int32_t(stride));
+    lanes(entries[e].weight) =
+        __builtin_convertvector(there, decltype(zero > 0)) ? zero + 1 : zero;
+  }
+}
+
+template <typename T>
+const PoolKernels<T>& kernels() {
+  static const PoolKernels<T> kernels = {list_cells<T>, find_entries<T>, pool<T>,
+                                         spread<T>,     slopes<T>,       turn<T>};
+  return kernels;
+}
