@@ -340,6 +340,16 @@ def test_positions_of_another_dtype_are_refused(kernels: Kernels) -> None:
         kernels.ops.deform_conv2d(*values)
 
 
+def test_too_little_memory_is_told(kernels: Kernels) -> None:
+    """8 TB in these words: training knows them, and tries once more."""
+    x = torch.zeros(1, device=kernels.device).expand(1, 1, 1 << 20, 1 << 21)
+    offset, weight = (torch.zeros(1, n, 1, 1, device=kernels.device) for n in (2, 1))
+    with pytest.raises(RuntimeError, match="could not allocate memory"):
+        kernels.ops.deform_conv2d(
+            x, offset, weight, None, None, [1 << 22] * 2, [0] * 2, [1] * 2, False
+        )
+
+
 def test_conv_in_any_geometry(public: None) -> None:
     """Values and gradients with sampled whole, far, infinite and huge offsets."""
     check_conv()

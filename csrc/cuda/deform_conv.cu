@@ -357,7 +357,7 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& we
                      std::vector<int64_t> stride, std::vector<int64_t> padding,
                      std::vector<int64_t> dilation, bool original) {
   const Stream stream(input);
-  const Tensor maps = contiguous(input, NHWC), matrix = contiguous(weight, NHWC);
+  const Tensor maps = laid_out(input, NHWC), matrix = laid_out(weight, NHWC);
   const std::vector<Tensor> constants = present(bias);
   const Tensor output = empty_like(
       input, {input.size(0), weight.size(0), offset.size(2), offset.size(3)}, NHWC);
@@ -374,8 +374,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
     const std::optional<Tensor>& mask, std::vector<int64_t> stride, std::vector<int64_t> padding,
     std::vector<int64_t> dilation, bool original) {
   const Stream stream(input);
-  const Tensor grads = contiguous(grad, NHWC), maps = contiguous(input, NHWC);
-  const Tensor matrix = contiguous(weight, NHWC);
+  const Tensor grads = laid_out(grad, NHWC), maps = laid_out(input, NHWC);
+  const Tensor matrix = laid_out(weight, NHWC);
   const Tensor grad_offset = empty_like(offset, size_of(offset));
   const Tensor grad_mask = empty_like(offset, mask ? size_of(*mask) : std::vector<int64_t>{0});
   const Tensor grad_input = zeros_like(offset, size_of(input), NHWC);
@@ -387,8 +387,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
       grad_weight = backward(stream, conv, grads, maps, matrix, size_of(weight), grad_input,
                              grad_offset, grad_mask);
   });
-  return {torch::stable::to(grad_input, input.scalar_type()), grad_offset,
-          torch::stable::to(grad_weight, input.scalar_type()), grad_mask};
+  return {converted(grad_input, input.scalar_type()), grad_offset,
+          converted(grad_weight, input.scalar_type()), grad_mask};
 }
 
 }  // namespace

@@ -82,6 +82,10 @@ constexpr ScalarType dtype_of() {
   return ScalarType::BFloat16;
 }
 
+inline Tensor converted(const Tensor& tensor, ScalarType dtype) {
+  return allocated([&] { return torch::stable::to(tensor, dtype); });
+}
+
 // Call `function` with a number of the dtype.
 template <typename F>
 void by_any_dtype(ScalarType dtype, const F& function) {

@@ -249,7 +249,7 @@ Tensor psroi_pool(const Tensor& input, const Tensor& images, const Tensor& edges
   Pool pool = {input.size(0), input.size(1),  input.size(2), input.size(3),
                group_size,    images.size(0), 1,             edges.size(2)};
   pool.classes = pool.depth();
-  const Tensor index = contiguous(images), bounds = contiguous(edges);
+  const Tensor index = laid_out(images), bounds = laid_out(edges);
   const Tensor output = empty_like(input, {pool.rois, pool.depth(), pool.pooled, pool.pooled});
   if (!pool.bins()) return output;
   by_any_dtype(input.scalar_type(), [&](auto number) {
@@ -263,9 +263,8 @@ Tensor psroi_pool(const Tensor& input, const Tensor& images, const Tensor& edges
 // A map of zeros to sum numbers of a tensor's dtype in.
 Tensor zeros_for(const Tensor& like, const std::vector<int64_t>& size, bool channels_last) {
   const bool wide = like.scalar_type() == ScalarType::Double;
-  Tensor zeros = torch::stable::empty(size, wide ? ScalarType::Double : ScalarType::Float,
-                                      std::nullopt, like.device(), std::nullopt,
-                                      channels_last ? NHWC : NCHW);
+  Tensor zeros = empty_of(wide ? ScalarType::Double : ScalarType::Float, like, size,
+                          channels_last ? NHWC : NCHW);
   torch::stable::zero_(zeros);
   return zeros;
 }
@@ -275,7 +274,7 @@ Tensor psroi_pool_backward(const Tensor& grad, const Tensor& images, const Tenso
   const Stream stream(grad);
   Pool pool = {size[0], size[1], size[2], size[3], group_size, images.size(0), 1, edges.size(2)};
   pool.classes = pool.depth();
-  const Tensor grads = contiguous(grad), index = contiguous(images), bounds = contiguous(edges);
+  const Tensor grads = laid_out(grad), index = laid_out(images), bounds = laid_out(edges);
   const Tensor grad_input = zeros_for(grad, size, channels_last);
   by_any_dtype(grad.scalar_type(), [&](auto number) {
     using S = decltype(number);
@@ -283,7 +282,7 @@ Tensor psroi_pool_backward(const Tensor& grad, const Tensor& images, const Tenso
     stream.launch("spread_bins", spread_bins<S>, threads_for(pool.bins()), pool, data<S>(grads),
                   data<int64_t>(index), data<int64_t>(bounds), Map<Sum<S>>(grad_input));
   });
-  return torch::stable::to(grad_input, grad.scalar_type());
+  return converted(grad_input, grad.scalar_type());
 }
 
 // What both ways of the deformable pooling begin with.
@@ -297,9 +296,9 @@ struct Deformable {
              int64_t group_size, int64_t samples)
       : pool{input.size(0), input.size(1), input.size(2),  input.size(3),
              group_size,    index.size(0), places.size(2), places.size(3)},
-        images(contiguous(index)),
-        first(contiguous(places)),
-        step(contiguous(steps)),
+        images(laid_out(index)),
+        first(laid_out(places)),
+        step(laid_out(steps)),
         count(samples),
         team(team_size(pool.of_class())) {}
 
@@ -335,7 +334,7 @@ std::tuple<Tensor, Tensor> deform_psroi_pool_backward(const Tensor& grad, const 
                                                       int64_t samples, bool moved) {
   const Stream stream(input);
   const Deformable call(input, images, first, step, group_size, samples);
-  const Tensor grads = contiguous(grad);
+  const Tensor grads = laid_out(grad);
   const Tensor grad_input = zeros_for(input, size_of(input), is_channels_last(input));
   const Tensor grad_first =
       empty_like(call.first, moved ? size_of(first) : std::vector<int64_t>{0});
@@ -347,7 +346,7 @@ std::tuple<Tensor, Tensor> deform_psroi_pool_backward(const Tensor& grad, const 
                   data<int64_t>(call.images), Map<Sum<S>>(grad_input),
                   moved ? place<Sum<S>>(grad_first) : nullptr);
   });
-  return {torch::stable::to(grad_input, input.scalar_type()), grad_first};
+  return {converted(grad_input, input.scalar_type()), grad_first};
 }
 
 }  // namespace
