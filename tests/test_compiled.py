@@ -168,7 +168,7 @@ def pooled(
     depth = 54 // group**2
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 6 * 9, 20, 30, generator=generator).contiguous(memory_format=layout)
-    x = (x * 9).round() if whole else x
+    x = (x * 50).round() if whole else x
     low = torch.rand(40, 2, generator=generator) * 400 - 40
     high = low + torch.rand(40, 2, generator=generator) * 1200  # samples up to 4 cells apart
     rois = torch.cat([torch.arange(40)[:, None] % 2, low, high], 1)

@@ -58,9 +58,7 @@ class Stream {
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline unsigned blocks_for(int64_t count) {
-  return unsigned(std::max<int64_t>(1, std::min(count, MOST_BLOCKS)));
-}
+inline unsigned blocks_for(int64_t count) { return unsigned(std::min(count, MOST_BLOCKS)); }
 
 // What numbers of dtype T are summed in; positions have it too.
 template <typename T>
