@@ -332,6 +332,47 @@ def test_no_images_and_no_rois(kernels: Kernels) -> None:
     assert not grad_input.any()
 
 
+def among_nans(value: Tensor, by_pixel: bool) -> Tensor:
+    """The same numbers, with NaNs before and behind them in memory."""
+    rows = value.permute(0, 2, 3, 1) if by_pixel else value
+    memory = value.new_full((rows.numel() + 2048,), torch.nan)
+    inside = memory[1024:-1024].view(rows.shape)
+    inside.copy_(rows)
+    return inside.permute(0, 3, 1, 2) if by_pixel else inside
+
+
+@pytest.mark.parametrize("by_pixel", [False, True], ids=["planes", "pixels"])
+def test_nothing_beyond_a_map_is_read(kernels: Kernels, by_pixel: bool) -> None:
+    """Not even to be multiplied by 0."""
+    for channels in (16, 6):
+        values = [v.to(kernels.device) if isinstance(v, Tensor) else v
+                  for v in arguments(channels=channels)]  # fmt: skip
+        guarded = [
+            among_nans(v, by_pixel) if isinstance(v, Tensor) and v.dim() == 4 else v for v in values
+        ]
+        grad = torch.randn(2, 6, 5, 6, device=kernels.device)
+        found = both_ways(kernels.ops, guarded, among_nans(grad, by_pixel))
+        compare(found, both_ways(kernels.ops, values, grad), 1e-5)
+
+    # Four samples an axis, from 3.5 on, of a map that ends at 4: the last are held there.
+    x = torch.randn(1, 3, 5, 5, device=kernels.device)
+    image, step = torch.zeros(1, dtype=torch.long), torch.full((2, 1), 0.25)
+    edges = torch.tensor([3, 5, 3, 5]).view(4, 1, 1)
+    image, step, edges = (one.to(kernels.device) for one in (image, step, edges))
+    first = torch.full((2, 1, 1, 1, 1), 3.5, device=kernels.device)
+    grad = torch.ones(1, 3, 1, 1, device=kernels.device)
+
+    def pooled(x: Tensor) -> list[Tensor]:
+        places = (image, first, step, 1, 4)
+        plain, moved = kernels.ops.psroi_pool(x, image, edges, 1), kernels.ops.deform_psroi_pool
+        backward = kernels.ops.deform_psroi_pool_backward
+        return [plain, moved(x, *places), *backward(grad, x, *places, True)]
+
+    compare(pooled(among_nans(x, by_pixel)), pooled(x), 1e-5)
+    by_hand = x[..., 3:, 3:].mean((2, 3), keepdim=True)
+    op_cases.same(pooled(x)[0], by_hand, 1e-5)
+
+
 def test_positions_of_another_dtype_are_refused(kernels: Kernels) -> None:
     values = [v.to(kernels.device) if isinstance(v, Tensor) else v for v in arguments()]
     values[1] = values[1].half()
