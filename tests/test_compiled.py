@@ -158,6 +158,32 @@ def test_vectors_in_use() -> None:
     assert "in use" in compiled.describe()
 
 
+@needs_kernels
+@pytest.mark.skipif(not os.environ.get("DCDET_TEST_LARGE"), reason="18 GB: set DCDET_TEST_LARGE=1")
+def test_more_numbers_than_32_bits_count() -> None:
+    """The last pixels of a map of 2^31 numbers are read, and get their gradient."""
+    side, corner = 16400, 3
+    whole = torch.empty(1, 8, side, side, memory_format=torch.channels_last).zero_()
+    assert whole.numel() > 2**31
+    whole[..., -corner:, -corner:] = torch.randn(1, 8, corner, corner)
+    part = whole[..., -corner:, -corner:].contiguous()
+    weight = torch.randn(4, 8, 3, 3)
+    offset = torch.randint(-32, 33, (1, 18, 2, 2)) / 64  # exact at any position
+    # Outputs in the four corners; the last one alone, on the last pixels alone.
+    far, near = ([[n, n], [0, 0], [1, 1], False] for n in (side - 3, 1))
+    offsets = (offset, offset[..., 1:, 1:].clone())
+    many = _deform_conv2d(whole, offsets[0], weight, None, None, *far)
+    one = _deform_conv2d(part, offsets[1], weight, None, None, *near)
+    grad = torch.zeros_like(many)
+    grad[..., 1, 1] = 1
+    grads = _deform_conv2d_backward(grad, whole, offsets[0], weight, None, *far)
+    wanted = _deform_conv2d_backward(torch.ones_like(one), part, offsets[1], weight, None, *near)
+    # Samples beyond the inner edge of the last pixels read zeros there, too.
+    op_cases.same(many[..., 1:, 1:], one, 1e-5)
+    op_cases.same(grads[0][..., -corner:, -corner:], wanted[0], 1e-5)
+    assert not grads[0][..., :100, :].any()
+
+
 def pooled(
     classes: int | None, layout: torch.memory_format, group: int, whole: bool = False
 ) -> list[Tensor]:

@@ -45,7 +45,7 @@ KERNELS = """
 import json, torch
 from dcdet.ops import compiled
 covers = [str(dtype) for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-          if compiled.covers(torch.empty(0, device="cuda", dtype=dtype))]
+          if compiled.covers("deform_conv2d", torch.empty(0, device="cuda", dtype=dtype))]
 print(json.dumps({"kernels": compiled.describe(), "cuda_dtypes": covers}))
 """
 # Every op on odd sizes, several groups, both borders, and positions that are far out or no numbers.

@@ -66,8 +66,14 @@ void run_forward(const ConvForward<T>& call) {
   });
 }
 
-// Bytes of samples and partial sums, and of columns, that are held at once.
-constexpr int64_t BAND_BYTES = 1 << 21, COLUMN_BYTES = 1 << 23;
+// Bytes of columns that are held at once.
+constexpr int64_t COLUMN_BYTES = 1 << 23;
+
+// Bytes of samples and partial sums that are held at once: little beside the input.
+int64_t band_bytes(const ConvShape& s, int64_t share, int64_t most) {
+  const int64_t input = s.batch * s.channels * s.height * s.width * sizeof(float);
+  return std::min(std::max<int64_t>(input / share, 1 << 17), most);
+}
 
 template <typename T>
 std::vector<Slice> slices_of(const ConvShape& s) {
@@ -230,8 +236,8 @@ struct Work {
 template <typename T>
 void run_backward(const ConvBackward<T>& call) {
   Work<T> work{call};
-  const int64_t rows = work.kernels.rows;
-  run_bands<T>(work, BAND_BYTES, 112, rows, call.offset, call.grad_offset, call.grad_mask);
+  run_bands<T>(work, band_bytes(call.shape, 8, 1 << 21), 112, work.kernels.rows, call.offset,
+               call.grad_offset, call.grad_mask);
 }
 
 // Whether bfloat16 has kernels of its own here.
@@ -333,7 +339,7 @@ void run_backward(const ConvBackward<BFloat16, float>& call, BFloat16* grad_inpu
       amx::turn_grad(s, call.grad, block, turned.get());
   });
   work.turned = turned.get();
-  run_bands<float>(work, 4 * BAND_BYTES, 256, amx::SIDE, call.offset, call.grad_offset,
+  run_bands<float>(work, band_bytes(s, 2, 1 << 23), 256, amx::SIDE, call.offset, call.grad_offset,
                    call.grad_mask);
   torch::stable::parallel_for(0, inputs, 256, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)

@@ -177,10 +177,10 @@ std::vector<std::vector<int64_t>> rois_of_images(const PoolShape& s, const Where
   return rois;
 }
 
-// Add the blocks of one group and class.
+// Add the blocks of one group and class; `lined_up` where gradients are wanted.
 template <typename T, typename Where>
 void add_blocks(const PoolShape& s, Where& where, const std::vector<int64_t>& rois, int64_t group,
-                int64_t cls, Blocks<T>& blocks) {
+                int64_t cls, bool lined_up, Blocks<T>& blocks) {
   const int64_t g = s.group_size, p = s.pooled, row = group / g, column = group % g;
   // Bin i reads group i * g / p.
   const int64_t top = (row * p + g - 1) / g, bottom = ((row + 1) * p + g - 1) / g;
@@ -194,6 +194,7 @@ void add_blocks(const PoolShape& s, Where& where, const std::vector<int64_t>& ro
       block.roi[l] = bins.roi[l];
       block.place[l] = bins.row[l] * p + bins.column[l];
     }
+    if (lined_up) best<T>().line_up(block);
     blocks.close(block);
     bins.count = 0;
   };
@@ -222,7 +223,8 @@ void for_each_block(const PoolShape& s, const Where& where, const int64_t* image
   torch::stable::parallel_for(0, shared.size(), 1, [&](int64_t begin, int64_t end) {
     Where own = where;
     for (int64_t i = begin; i < end; ++i)
-      add_blocks(s, own, rois[i / s.groups()], i % s.groups(), 0, shared[i]);
+      add_blocks(s, own, rois[i / s.groups()], i % s.groups(), 0, grad != nullptr,
+                 shared[i]);
   });
   const int64_t runs = (s.channels + TASK_CHANNELS - 1) / TASK_CHANNELS;
   torch::stable::parallel_for(0, s.images * runs, 1, [&](int64_t begin, int64_t end) {
@@ -241,7 +243,7 @@ void for_each_block(const PoolShape& s, const Where& where, const int64_t* image
           shared[image * s.groups() + group].for_each(visit);
         } else {
           blocks.clear();
-          add_blocks(s, own, rois[image], group, cls, blocks);
+          add_blocks(s, own, rois[image], group, cls, grad != nullptr, blocks);
           blocks.for_each(visit);
         }
       }

@@ -7,8 +7,8 @@
 
 namespace dcdet {
 
-// Bins that are worked on side by side.
-constexpr int64_t LANES = 16;
+// Bins that are worked on side by side, and columns of a bin that are written side by side.
+constexpr int64_t LANES = 16, ACROSS = 8;
 
 // What LANES bins read of one plane. Along each axis a bin reads `count` cells, each with a weight;
 // a cell of weight 0 is not read and may lie anywhere. A row's cell is where the row begins.
@@ -20,6 +20,9 @@ struct Block {
   int64_t rows, columns, bins;  // lanes beyond `bins` are not in use
   int64_t roi[LANES], place[LANES];  // which bins they are: place counts those of a RoI
   T divisor[LANES];
+  // For the gradients: where columns are neighbours and at most ACROSS, the weights of each lane's.
+  bool neighbours;
+  T across[LANES][ACROSS];
 };
 
 template <typename T>
@@ -52,6 +55,7 @@ template <typename T>
 struct PoolKernels {
   void (*list_cells)(const int32_t*, const int32_t*, int64_t, int64_t, Entry<T>*);
   int64_t (*find_entries)(const Samples<T>&, int32_t*, T*, Entry<T>*, T*);
+  void (*line_up)(Block<T>&);
   void (*pool)(const Block<T>&, const T*, T*);
   void (*spread)(const Block<T>&, const T*, T*);
   void (*slopes)(const Block<T>&, const T*, T*, T*);

@@ -132,6 +132,46 @@ void pool(const Block<T>& block, const T* plane, T* sums) {
   lanes(sums) = total / lanes(block.divisor);
 }
 
+// Find the block's `neighbours` and `across`.
+template <typename T>
+void line_up(Block<T>& block) {
+  const Entry<T>* columns = entries_of(&block) + block.rows;
+  block.neighbours = VECTOR_BYTES == 64 && block.columns > 0 && block.columns <= ACROSS;
+  for (int64_t e = 1; e < block.columns && block.neighbours; ++e)
+    for (int64_t l = 0; l < LANES; ++l)
+      block.neighbours &= columns[e].weight[l] == 0 ||
+                          columns[e].cell[l] == columns[0].cell[l] + int32_t(e);
+  if (!block.neighbours) return;
+  for (int64_t l = 0; l < LANES; ++l)
+    for (int64_t e = 0; e < ACROSS; ++e)
+      block.across[l][e] = e < block.columns ? columns[e].weight[l] : T(0);
+}
+
+// target[0 .. 7] += factor * weights, where these are not 0.
+#if VECTOR_BYTES == 64
+DCDET_INLINE void add_across(float factor, const float* weights, float* target) {
+  const __m256 w = _mm256_loadu_ps(weights);
+  const __mmask8 there = _mm256_cmp_ps_mask(w, _mm256_setzero_ps(), _CMP_NEQ_UQ);
+  const __m256 sum = _mm256_add_ps(_mm256_maskz_loadu_ps(there, target),
+                                   _mm256_mul_ps(_mm256_set1_ps(factor), w));
+  _mm256_mask_storeu_ps(target, there, sum);
+}
+
+DCDET_INLINE void add_across(double factor, const double* weights, double* target) {
+  const __m512d w = _mm512_loadu_pd(weights);
+  const __mmask8 there = _mm512_cmp_pd_mask(w, _mm512_setzero_pd(), _CMP_NEQ_UQ);
+  const __m512d sum = _mm512_add_pd(_mm512_maskz_loadu_pd(there, target),
+                                    _mm512_mul_pd(_mm512_set1_pd(factor), w));
+  _mm512_mask_storeu_pd(target, there, sum);
+}
+#else
+template <typename T>
+DCDET_INLINE void add_across(T factor, const T* weights, T* target) {
+  for (int64_t e = 0; e < ACROSS; ++e)
+    if (weights[e] != 0) target[e] += factor * weights[e];
+}
+#endif
+
 // The plane's gradient, from the bins' shares of theirs.
 template <typename T>
 void spread(const Block<T>& block, const T* shares, T* plane) {
@@ -139,11 +179,14 @@ void spread(const Block<T>& block, const T* shares, T* plane) {
   for (int64_t l = 0; l < block.bins; ++l) {
     if (shares[l] == 0) continue;
     for (int64_t a = 0; a < block.rows; ++a) {
-      const T along = shares[l] * rows[a].weight[l];
       if (rows[a].weight[l] == 0) continue;
+      const T along = shares[l] * rows[a].weight[l];
       T* row = plane + rows[a].cell[l];
-      for (int64_t b = 0; b < block.columns; ++b)
-        if (columns[b].weight[l] != 0) row[columns[b].cell[l]] += along * columns[b].weight[l];
+      if (block.neighbours)
+        add_across(along, block.across[l], row + columns[0].cell[l]);
+      else
+        for (int64_t b = 0; b < block.columns; ++b)
+          if (columns[b].weight[l] != 0) row[columns[b].cell[l]] += along * columns[b].weight[l];
     }
   }
 }
@@ -185,7 +228,7 @@ void list_cells(const int32_t* first, const int32_t* count, int64_t stride, int6
 
 template <typename T>
 const PoolKernels<T>& kernels() {
-  static const PoolKernels<T> kernels = {list_cells<T>, find_entries<T>, pool<T>,
+  static const PoolKernels<T> kernels = {list_cells<T>, find_entries<T>, line_up<T>, pool<T>,
                                          spread<T>,     slopes<T>,       turn<T>};
   return kernels;
 }

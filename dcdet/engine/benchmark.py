@@ -222,7 +222,7 @@ def _leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
 def _without_kernels() -> Iterator[None]:
     """Our ops run on torch for the time of a `with`."""
     covers = compiled.covers
-    compiled.covers = lambda input: False
+    compiled.covers = lambda op, input: False
     try:
         yield
     finally:
@@ -322,7 +322,7 @@ def benchmark_ops(
 def _takes(case: Case, device: torch.device) -> bool:
     """fp32 is measured in any case; without a kernel, half types would be fp32 and two copies."""
     tensor = torch.empty(0, device=device, dtype=DTYPES[case.dtype])
-    return case.dtype == "fp32" or compiled.covers(tensor)
+    return case.dtype == "fp32" or compiled.covers(case.op, tensor)
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
@@ -381,7 +381,7 @@ def _measure(
     entry: dict[str, Any] = {
         "op": case.op, "case": case.label, **asdict(case), "plain": case.plain,
         "torchvision": case.nearest, "failed": {},
-        "kernel": compiled.covers(ours.leaves[0]),
+        "kernel": compiled.covers(case.op, ours.leaves[0]),
         "offset_mb": sum(leaf.nbytes for leaf in ours.leaves[case.plain_operands :]) / 1e6,
     }  # fmt: skip
     memory = peak(case, calls)
