@@ -4,13 +4,10 @@
 // these with arguments that have passed.
 #include <torch/csrc/stable/library.h>
 
+#include "version.h"
+
 namespace {
-
-// dcdet/ops/compiled.py asks for it: a library of another checkout is not used.
-constexpr int64_t VERSION = 1;
-
 int64_t version() { return VERSION; }
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(dcdet_C, m) {

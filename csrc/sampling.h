@@ -1,6 +1,6 @@
 // Where the deformable operators read their input: one source for CPU and GPU.
 //
-// It includes nothing and calls nothing, so that every compiler sees the same arithmetic.
+// It includes nothing, so that every compiler sees the same arithmetic.
 #pragma once
 
 #ifdef __CUDACC__
@@ -63,6 +63,14 @@ struct Sample {
   DCDET_INLINE T weight(int corner) const {
     return (corner < 2 ? T(1) - y : y) * (corner % 2 ? x : T(1) - x);
   }
+
+  // How the sample changes along y, or x, where its corners have these values; but not where held.
+  DCDET_INLINE T slope_y(const T* corners) const {
+    return (corners[2] - corners[0]) * (T(1) - x) + (corners[3] - corners[1]) * x;
+  }
+  DCDET_INLINE T slope_x(const T* corners) const {
+    return (corners[1] - corners[0]) * (T(1) - y) + (corners[3] - corners[2]) * y;
+  }
 };
 
 // The sample at two axes of a map whose first pixel is `first`.
@@ -82,6 +90,38 @@ DCDET_INLINE Sample<T> sample_at(T y, T x, int height, int width, bool release, 
   return sample_at(release ? axis_of_release(y, height) : axis_with_zeros(y, height),
                    release ? axis_of_release(x, width) : axis_with_zeros(x, width), height, width,
                    first);
+}
+
+// Where sample `i` of a pooled bin lies along an axis. It is rounded after each step, on a GPU too:
+// which samples a bin drops depends on that.
+template <typename T>
+DCDET_INLINE T pool_position(T first, T step, long i) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) == 4) return __fadd_rn(first, __fmul_rn(T(i), step));
+  else return __dadd_rn(first, __dmul_rn(T(i), step));
+#else
+  return first + T(i) * step;
+#endif
+}
+
+// One axis of a pooling sample: it lies `fraction` beyond cell `low`, which is 0 to size - 1; the
+// next cell is there where the fraction is not 0. Samples that are not `kept` count for nothing.
+template <typename T>
+struct PoolAxis {
+  long low;
+  T fraction;
+  bool kept;
+};
+
+// Samples outside [-0.5, size - 0.5] are dropped, the others held between the outermost cells.
+template <typename T>
+DCDET_INLINE PoolAxis<T> pool_axis(T position, long size) {
+  // Written so that a NaN fails.
+  if (!(position >= T(-0.5) && position <= T(size) - T(0.5))) return {0, T(0), false};
+  const T last = T(size) - 1;
+  const T inside = position < 0 ? T(0) : position > last ? last : position;
+  const long low = long(inside);
+  return {low, inside - T(low), true};
 }
 
 }  // namespace dcdet

@@ -78,6 +78,8 @@ def _try_torch(write: Callable[[str], None]) -> bool:
     write(compiled.describe())
     if compiled.missing:
         write(f"    with a C++ compiler: {compiled.REBUILD}")
+    elif compiled.missing_for_cuda and torch.cuda.is_available():
+        write(f"    with nvcc: {compiled.REBUILD}")
     if not torch.cuda.is_available():
         built = torch.version.cuda
         write(f"no GPU in use (torch is built for {'CUDA ' + built if built else 'CPUs only'})")

@@ -26,7 +26,11 @@ case "$*" in
     if [ -e "$here/../../sleep" ]; then echo $$ > "$here/../../pid"; exec sleep 3; fi
     if [ -e "$here/../../fail" ]; then cat "$here/../../fail"; exit 1; fi ;;
   *build_ext*)
-    if [ -e "$here/../../compiler" ]; then echo new > "$here/../../dcdet/_C.abi3.so"; fi ;;
+    if [ -e "$here/../../compiler" ]; then echo new > "$here/../../dcdet/_C.abi3.so"; fi
+    if [ "$DCDET_CUDA" = 1 ]; then
+      if [ -e "$here/../../nvcc" ]; then echo new > "$here/../../dcdet/_CUDA.abi3.so"
+      else echo "warning: dcdet's CUDA kernels were not compiled (no nvcc)"; fi
+    fi ;;
 esac
 """
 
@@ -103,6 +107,27 @@ def test_kernels_are_compiled_where_a_compiler_is(checkout: Path) -> None:
     (checkout / "csrc" / "bindings.cpp").write_text("changed")
     done = install(checkout)
     assert "kernels compiled" in done.stdout
+    assert "warning" not in done.stdout
+    assert library.read_text() == "new\n"
+
+
+def test_cuda_kernels_are_compiled_where_they_are_asked_for(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (checkout / "compiler").touch()
+    library = checkout / "dcdet" / "_CUDA.abi3.so"
+    library.write_text("of other sources")
+    monkeypatch.delenv("DCDET_CUDA", raising=False)
+    done = install(checkout)
+    assert "kernels compiled\n" in done.stdout
+    assert not library.exists()
+    monkeypatch.setenv("DCDET_CUDA", "1")
+    done = install(checkout)
+    assert done.stdout.count("warning: CUDA kernels not compiled") == 1
+    (checkout / "nvcc").touch()
+    (checkout / "setup.py").write_text("changed")
+    done = install(checkout)
+    assert "kernels compiled, for CUDA too" in done.stdout
     assert "warning" not in done.stdout
     assert library.read_text() == "new\n"
 

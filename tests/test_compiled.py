@@ -44,7 +44,7 @@ def results(shape: tuple[int, ...], dtype: torch.dtype, wide: bool = False) -> l
 
     odd = height % 2 == 1
     out = ((height - 1) // stride + 1, (width - 1) // stride + 1)
-    precise = torch.float32 if dtype == torch.bfloat16 else dtype
+    precise = torch.float32 if dtype.itemsize == 2 else dtype
     x, weight = random(batch, channels, height, width), random(outputs, channels // groups, 3, 3)
     offset = (random(batch, 18 * offset_groups, *out) * 3).to(precise)
     mask = random(batch, 9 * offset_groups, *out).to(precise) if odd else None
@@ -184,11 +184,17 @@ def test_more_numbers_than_32_bits_count() -> None:
     assert not grads[0][..., :100, :].any()
 
 
-def pooled(classes: int | None, layout: torch.memory_format, group: int) -> list[Tensor]:
-    """Outputs and gradients of the pooling ops; classes None is the plain one."""
+def pooled(
+    classes: int | None, layout: torch.memory_format, group: int, whole: bool = False
+) -> list[Tensor]:
+    """Outputs and gradients of the pooling ops; classes None is the plain one.
+
+    `whole`: of whole numbers, which half types have, too.
+    """
     depth = 54 // group**2
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 6 * 9, 20, 30, generator=generator).contiguous(memory_format=layout)
+    x = (x * 50).round() if whole else x
     low = torch.rand(40, 2, generator=generator) * 400 - 40
     high = low + torch.rand(40, 2, generator=generator) * 1200  # samples up to 4 cells apart
     rois = torch.cat([torch.arange(40)[:, None] % 2, low, high], 1)
@@ -202,6 +208,7 @@ def pooled(classes: int | None, layout: torch.memory_format, group: int) -> list
         trans = leaves[1] if classes else None
         y = deform_psroi_pool(x, rois, trans, 1 / 16, depth, group, 5, 3, 4, 0.1)
     grad = torch.randn(y.shape, generator=generator)
+    grad = (grad * 9).round() if whole else grad
     return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
@@ -249,25 +256,37 @@ def test_without_a_compiler_nothing_stale_is_installed(tmp_path: Path) -> None:
     (tmp_path / "dcdet").mkdir()
     shutil.copy(ROOT / "dcdet" / "__init__.py", tmp_path / "dcdet")
 
-    def build(compiler: str) -> subprocess.CompletedProcess[str]:
+    def build(compiler: str, **cuda: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "CC": compiler, "CXX": compiler, "LDSHARED": compiler,
-                       "LDCXXSHARED": compiler}  # fmt: skip
+                       "LDCXXSHARED": compiler, **cuda}  # fmt: skip
         return subprocess.run(
             [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"],
             env=environment, cwd=tmp_path, capture_output=True, text=True, check=True,
         )  # fmt: skip
 
     # A stand-in that leaves an empty library, then no compiler at all.
-    works = tmp_path / "compiler"
-    works.write_text('#!/bin/sh\nwhile [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n')
+    works = tmp_path / "bin" / "nvcc"
+    works.parent.mkdir()
+    works.write_text(
+        '#!/bin/sh\n[ "$1" = --list-gpu-code ] && echo sm_90\n'
+        'while [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done\n'
+    )
     works.chmod(0o755)
-    build(str(works))
-    assert (tmp_path / "dcdet" / "_C.abi3.so").exists()
-    (tmp_path / "dcdet" / "_C.abi3.so").unlink()
-    (tmp_path / "csrc" / "bindings.cpp").write_text("changed")
-    said = build(str(tmp_path / "absent"))
-    assert said.stderr.count("kernels were not compiled") == 1
-    assert not (tmp_path / "dcdet" / "_C.abi3.so").exists()
+    cpu, cuda = (tmp_path / "dcdet" / name for name in ("_C.abi3.so", "_CUDA.abi3.so"))
+    build(str(works), DCDET_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert cpu.exists()
+    assert cuda.exists()
+    build(str(works), DCDET_CUDA="0")
+    assert cpu.exists()
+    assert not cuda.exists()
+    build(str(works), DCDET_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert cuda.exists()
+    (tmp_path / "csrc" / "version.h").write_text("changed")
+    said = build(str(tmp_path / "absent"), DCDET_CUDA="1", CUDA_HOME=str(tmp_path / "absent"))
+    assert said.stderr.count("dcdet's kernels were not compiled") == 1
+    assert said.stderr.count("dcdet's CUDA kernels were not compiled (no nvcc") == 1
+    assert not cpu.exists()
+    assert not cuda.exists()
 
 
 def test_switched_off() -> None:

@@ -187,7 +187,8 @@ def fingerprint() -> str:
     sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
     files = [ROOT / "pyproject.toml", ROOT / "setup.py", *sources]
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-    return json.dumps({"root": str(ROOT), "files": digests})
+    cuda = os.environ.get("DCDET_CUDA", "")
+    return json.dumps({"root": str(ROOT), "files": digests, "cuda": cuda})
 
 
 def check_python() -> None:
@@ -289,10 +290,12 @@ def pip(handle: "int | None") -> None:
 
 
 def kernels() -> None:
-    """Compile csrc/ where there is a compiler; dcdet works without."""
-    library = ROOT / "dcdet" / "_C.abi3.so"
-    with contextlib.suppress(FileNotFoundError):
-        library.unlink()
+    """Compile csrc/ where there is a compiler, for CUDA where torch sees a GPU (DCDET_CUDA=1 or 0:
+    anyway, or not at all); dcdet works without."""
+    cpu, cuda = (ROOT / "dcdet" / name for name in ("_C.abi3.so", "_CUDA.abi3.so"))
+    for library in (cpu, cuda):
+        with contextlib.suppress(FileNotFoundError):
+            library.unlink()
     command = [str(PYTHON), "setup.py", "--quiet", "build_ext", "--inplace", "--build-temp",
                str(VENV / "build")]  # fmt: skip
     made = subprocess.run(
@@ -301,11 +304,14 @@ def kernels() -> None:
     )  # fmt: skip
     with open(str(LOG), "ab") as log:
         log.write(made.stdout)
-    if library.exists():
-        say("kernels compiled")
-    else:
+    if not cpu.exists():
         say(f"warning: kernels not compiled (no C++ compiler? see {LOG}): the operators run on "
             "torch, slower")  # fmt: skip
+        return
+    say("kernels compiled, for CUDA too" if cuda.exists() else "kernels compiled")
+    if b"CUDA kernels were not compiled" in made.stdout:
+        say(f"warning: CUDA kernels not compiled (no nvcc? see {LOG}): on a GPU the operators run "
+            "on torch, slower")  # fmt: skip
 
 
 def why_pip_failed(text: str) -> str:

@@ -287,11 +287,8 @@ Slice next_slice(const ConvShape& s, Slice last) {
 // The gradients of dy, dx and mask, from those of the four corners' weights.
 template <typename T>
 DCDET_INLINE void position_gradients(const Sample<T>& sample, T mask, const T* dots, T* parts) {
-  const T y = sample.y, x = sample.x;
-  const T slope_y = (dots[2] - dots[0]) * (1 - x) + (dots[3] - dots[1]) * x;
-  const T slope_x = (dots[1] - dots[0]) * (1 - y) + (dots[3] - dots[2]) * y;
-  parts[0] = sample.held_y ? T(0) : slope_y * mask;
-  parts[1] = sample.held_x ? T(0) : slope_x * mask;
+  parts[0] = sample.held_y ? T(0) : sample.slope_y(dots) * mask;
+  parts[1] = sample.held_x ? T(0) : sample.slope_x(dots) * mask;
   parts[2] = T(0);
   for (int corner = 0; corner < 4; ++corner) parts[2] += sample.weight(corner) * dots[corner];
 }

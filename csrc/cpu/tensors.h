@@ -18,10 +18,31 @@ using torch::headeronly::ScalarType;
 using torch::stable::contiguous;
 using torch::stable::Tensor;
 
+// A call of torch that allocates. When that fails, the stable ABI says no more than that it failed.
+template <typename F>
+Tensor allocated(const F& call) {
+  try {
+    return call();
+  } catch (const std::exception&) {
+    throw std::runtime_error("dcdet's kernels: torch could not allocate memory");
+  }
+}
+
+inline Tensor empty_of(ScalarType dtype, const Tensor& like, const std::vector<int64_t>& size,
+                       MemoryFormat format = NCHW) {
+  return allocated([&] {
+    return torch::stable::empty(size, dtype, std::nullopt, like.device(), std::nullopt, format);
+  });
+}
+
 inline Tensor empty_like(const Tensor& like, const std::vector<int64_t>& size,
                          MemoryFormat format = NCHW) {
-  return torch::stable::empty(size, like.scalar_type(), std::nullopt, std::nullopt, std::nullopt,
-                              format);
+  return empty_of(like.scalar_type(), like, size, format);
+}
+
+// The tensor in a layout; a copy, where it has another.
+inline Tensor laid_out(const Tensor& tensor, MemoryFormat format = NCHW) {
+  return allocated([&] { return contiguous(tensor, format); });
 }
 
 inline Tensor zeros_like(const Tensor& like, const std::vector<int64_t>& size,
@@ -49,7 +70,7 @@ inline std::vector<int64_t> size_of(const Tensor& tensor) {
 // An optional argument, contiguous; no tensors where it is absent.
 inline std::vector<Tensor> present(const std::optional<Tensor>& tensor) {
   if (!tensor) return {};
-  return {contiguous(*tensor)};
+  return {laid_out(*tensor)};
 }
 
 template <typename T>
