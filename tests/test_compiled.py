@@ -15,6 +15,8 @@ from torch import Tensor
 
 from dcdet.ops import compiled, deform_psroi_pool, psroi_pool
 from dcdet.ops.deform_conv import _deform_conv2d, _deform_conv2d_backward
+from dcdet.ops.deform_psroi_pool import _deform_psroi_pool, _deform_psroi_pool_backward
+from dcdet.ops.psroi_pool import _psroi_pool, _psroi_pool_backward
 
 needs_kernels = pytest.mark.skipif(bool(compiled.missing), reason=f"kernels: {compiled.missing}")
 
@@ -79,6 +81,33 @@ def test_bfloat16_equals_float32(shape: tuple[int, ...]) -> None:
     for one, other in zip(results(shape, torch.bfloat16), expected, strict=True):
         scale = other.abs().max() if other.numel() else 1
         op_cases.same(one.float() / scale, other / scale, 1e-2)
+
+
+@pytest.mark.usefixtures("way")
+def test_operators_take_half_types_with_and_without_kernels() -> None:
+    """As where deterministic algorithms are asked for between a forward and a backward pass."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 8, 5, 6, generator=generator)
+    offset, weight = torch.randn(1, 18, 5, 6), torch.randn(3, 8, 3, 3, generator=generator)
+    rois, trans = torch.tensor([[0, 0, 0, 4, 4]]).float(), torch.zeros(1, 2, 2, 2)
+    one = [[1, 1]] * 3
+
+    def run(dtype: torch.dtype) -> list[Tensor]:
+        maps, matrix = x.half().to(dtype), weight.half().to(dtype)
+        y = _deform_conv2d(maps, offset, matrix, None, None, *one, False)
+        pooled = _psroi_pool(maps, rois, 1.0, 2, 2, 2)
+        moved = _deform_psroi_pool(maps, rois, trans, [2, 2, 2, 2, 2], 1.0, 0.1)
+        grads = [torch.ones_like(t) for t in (y, pooled, moved)]
+        return [
+            *(y, pooled, moved),
+            *_deform_conv2d_backward(grads[0], maps, offset, matrix, None, *one, False),
+            _psroi_pool_backward(grads[1], rois, [1, 8, 5, 6], 1.0, 2, 2, False),
+            *_deform_psroi_pool_backward(grads[2], maps, rois, trans, [2, 2, 2, 2, 2], 1.0, 0.1),
+        ]
+
+    for half, full in zip(run(torch.float16), run(torch.float32), strict=True):
+        assert torch.equal(half, full.to(half.dtype))
+    assert {half.dtype for half in run(torch.float16)} == {torch.float16, torch.float32}
 
 
 @needs_kernels

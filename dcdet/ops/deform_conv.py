@@ -298,6 +298,11 @@ def _deform_conv2d(
     if compiled.covers(OP, input):
         geometry = (stride, padding, dilation, original)
         return compiled.kernels.deform_conv2d(input, offset, weight, bias, mask, *geometry)
+    if input.dtype != offset.dtype:
+        wide = [None if t is None else t.to(offset.dtype) for t in (input, weight, bias)]
+        rest = (mask, stride, padding, dilation, original)
+        output: Tensor = _deform_conv2d(wide[0], offset, wide[1], wide[2], *rest)
+        return output.to(input.dtype)
     sampler = _Sampler(input, offset, weight, mask, original)
     matrix = _split_weight(weight, sampler.groups).transpose(1, 2)
     output = input.new_empty(sampler.batch, sampler.out_h, sampler.out_w, weight.shape[0])
@@ -333,6 +338,11 @@ def _deform_conv2d_backward(
     if compiled.covers(OP, input):
         geometry = (stride, padding, dilation, original)
         return compiled.kernels.deform_conv2d_backward(grad, input, offset, weight, mask, *geometry)
+    if input.dtype != offset.dtype:  # the kernels were there in the forward pass
+        wide = [t.to(offset.dtype) for t in (grad, input, weight)]
+        rest = (mask, stride, padding, dilation, original)
+        grads = _deform_conv2d_backward(wide[0], wide[1], offset, wide[2], *rest)
+        return grads[0].to(input.dtype), grads[1], grads[2].to(input.dtype), grads[3]
     sampler = _Sampler(input, offset, weight, mask, original)
     matrix = _split_weight(weight, sampler.groups)
     grad = grad.permute(0, 2, 3, 1).reshape(sampler.pixels, *matrix.shape[:2]).transpose(0, 1)

@@ -69,9 +69,15 @@ def deform_psroi_pool(
     checks.integer(OP, "part_size", part_size, 0)
     grid = [output_dim, group_size, pooled_size, part_size or pooled_size, sample_per_part]
     _check(input, rois, trans, grid, spatial_scale, trans_std)
-    dtype = checks.compute_dtype(input)
-    tensors = [None if t is None else t.to(dtype) for t in (input, rois, trans)]
-    output: Tensor = _deform_psroi_pool(*tensors, grid, float(spatial_scale), float(trans_std))
+    positions = checks.compute_dtype(input)
+    output: Tensor = _deform_psroi_pool(
+        input if compiled.covers(OP, input) else input.to(positions),
+        rois.to(positions),
+        None if trans is None else trans.to(positions),
+        grid,
+        float(spatial_scale),
+        float(trans_std),
+    )
     return output.to(input.dtype)
 
 
@@ -362,6 +368,9 @@ def _deform_psroi_pool(
     pooling = _Pooling(input, rois, trans, grid, scale, std)
     if compiled.covers(OP, input):
         return compiled.kernels.deform_psroi_pool(input, *pooling.for_kernel())
+    if input.dtype != rois.dtype:
+        pooled = _deform_psroi_pool(input.to(rois.dtype), rois, trans, grid, scale, std)
+        return pooled.to(input.dtype)
     return _rows_forward(pooling) if pooling.blocks == 1 else _planes_forward(pooling)
 
 
@@ -380,13 +389,17 @@ def _deform_psroi_pool_backward(
     RoIs without a gradient are passed over: hard-example mining leaves most of them so.
     """
     _check(input, rois, trans, grid, scale, std, grad)
-    no_trans = grad.new_empty(0)
+    no_trans = rois.new_empty(0)
     if compiled.covers(OP, input):
         pooling = _Pooling(input, rois, trans, grid, scale, std)
         backward = compiled.kernels.deform_psroi_pool_backward
         moved = trans is not None
         grad_input, grad_first = backward(grad, input, *pooling.for_kernel(), moved)
         return grad_input, no_trans if trans is None else pooling.grad_trans(grad_first, trans, std)
+    if input.dtype != rois.dtype:  # the kernels were there in the forward pass
+        wide = (grad.to(rois.dtype), input.to(rois.dtype))
+        grads = _deform_psroi_pool_backward(*wide, rois, trans, grid, scale, std)
+        return grads[0].to(input.dtype), grads[1]
     live = grad.flatten(1).ne(0).any(1).nonzero()[:, 0]
     live_trans = None if trans is None else trans[live]
     pooling = _Pooling(input, rois[live], live_trans, grid, scale, std)
@@ -419,7 +432,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     _check(input, rois, trans, grid, scale, std, grad)
     grad_input = input.new_empty(input.shape).contiguous(memory_format=layout_of(input))
-    return grad_input, grad.new_empty(0 if trans is None else trans.shape)
+    return grad_input, rois.new_empty(0 if trans is None else trans.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -45,9 +45,14 @@ def psroi_pool(
     naming the argument.
     """
     check_rois(OP, input, rois, spatial_scale, output_dim, group_size, pooled_size)
-    dtype = checks.compute_dtype(input)
+    positions = checks.compute_dtype(input)
     output: Tensor = _psroi_pool(
-        input.to(dtype), rois.to(dtype), float(spatial_scale), output_dim, group_size, pooled_size
+        input if compiled.covers(OP, input) else input.to(positions),
+        rois.to(positions),
+        float(spatial_scale),
+        output_dim,
+        group_size,
+        pooled_size,
     )
     return output.to(input.dtype)
 
@@ -124,6 +129,10 @@ def _psroi_pool(
         if bins.broken.any():
             pooled[bins.broken] = torch.nan
         return pooled
+    if input.dtype != rois.dtype:
+        wide = input.to(rois.dtype)
+        pooled = _psroi_pool(wide, rois, spatial_scale, output_dim, group_size, pooled_size)
+        return pooled.to(input.dtype)
     table = table_of_groups(input, 1, group_size)
     output = input.new_zeros(bins.areas.numel(), output_dim)
     for run in bins.runs():
@@ -153,6 +162,9 @@ def _psroi_pool_backward(
     if compiled.covers(OP, grad):
         geometry = (bins.images, bins.edges, input_shape, group_size, channels_last)
         return compiled.kernels.psroi_pool_backward(grad, *geometry)
+    if grad.dtype != rois.dtype:  # the kernels were there in the forward pass
+        rest = (input_shape, spatial_scale, group_size, pooled_size, channels_last)
+        return _psroi_pool_backward(grad.to(rois.dtype), rois, *rest).to(grad.dtype)
     shares = grad.permute(0, 2, 3, 1) / bins.areas.clamp(min=1)[..., None]
     shares = shares.reshape(-1, grad.shape[1])
     grad_input = grad.new_zeros(shape)
