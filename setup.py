@@ -20,7 +20,6 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.modified import newer_group
 
 STABLE_ABI = "0x020a000000000000"  # torch 2.10
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-fno-trapping-math"]
@@ -118,8 +117,8 @@ class Build(build_ext):
                   "run on torch, slower", file=sys.stderr)  # fmt: skip
 
     def build_cuda(self, extension: Extension, library: Path) -> None:
-        sources = [*extension.sources, *extension.depends]
-        if not self.force and not newer_group(sources, str(library)):
+        newest = max(os.path.getmtime(file) for file in [*extension.sources, *extension.depends])
+        if not self.force and library.exists() and library.stat().st_mtime > newest:
             return
         library.parent.mkdir(parents=True, exist_ok=True)
         command = nvcc_command(extension, str(library))
