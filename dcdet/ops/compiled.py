@@ -15,7 +15,7 @@ from torch import Tensor
 log = logging.getLogger("dcdet.ops")
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_C.abi3.so"
-VERSION = 1  # the same as in csrc/bindings.cpp
+VERSION = 2  # the same as in csrc/bindings.cpp
 REBUILD = "in the checkout: python -m pip install --no-build-isolation --no-deps --editable ."
 
 
