@@ -1,9 +1,9 @@
 // Deformable RoI pooling on a CPU.
 //
 // Maps are channels-last: all channels share their positions, so a bin is a sum of the pixels that
-// its samples touch, each a row of channels. A task owns a RoI, or, for the input's gradient, a
-// slice of an image's channels for all RoIs: nothing is added by two threads, and the sums do not
-// depend on their number. Where the bins lie was found in Python.
+// its samples touch, each a row of channels. A task owns a RoI or, for the input's gradient, a band
+// of a map's rows: nothing is added by two threads, and the sums do not depend on their number.
+// Where the bins lie was found in Python.
 #include "../sampling.h"
 #include "tensors.h"
 
@@ -53,6 +53,14 @@ struct Line {
     }
   }
 
+  // Leave out the pixels before `begin`, and those from `end` on.
+  void keep(int64_t begin, int64_t end) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < size; ++i)
+      if (entries[i].cell >= begin && entries[i].cell < end) entries[kept++] = entries[i];
+    size = kept;
+  }
+
  private:
   // Samples follow each other: a pixel that was read before is one of the last two.
   void add(const Entry<T>& entry) {
@@ -68,11 +76,6 @@ struct Line {
   }
 };
 
-template <typename T>
-struct Lines {
-  Line<T> y, x;
-};
-
 // R RoIs of rows * columns bins; the other numbers are those of _Pooling in
 // dcdet/ops/deform_roi_pool.py.
 template <typename T>
@@ -81,7 +84,7 @@ struct Pooling {
   const int64_t *image, *first, *last;
   const T *start, *bin, *count, *divisor;
 
-  int64_t pixels() const { return height * width; }
+  int64_t map() const { return height * width * channels; }
 
   // Samples that the longest line has.
   int64_t longest() const {
@@ -90,45 +93,64 @@ struct Pooling {
     return most;
   }
 
-  void find(int64_t roi, int64_t place, Lines<T>& lines) const {
-    const int64_t y = roi * bins + place, x = rois * bins + y;
-    lines.y.find(start[y], bin[roi], count[roi], first[y], last[y], height);
-    lines.x.find(start[x], bin[rois + roi], count[rois + roi], first[x], last[x], width);
+  void find_rows(int64_t roi, int64_t place, Line<T>& y) const {
+    const int64_t i = roi * bins + place;
+    y.find(start[i], bin[roi], count[roi], first[i], last[i], height);
+  }
+
+  void find_columns(int64_t roi, int64_t place, Line<T>& x) const {
+    const int64_t i = (rois + roi) * bins + place;
+    x.find(start[i], bin[rois + roi], count[rois + roi], first[i], last[i], width);
   }
 };
 
-// A block of channels: COUNT vectors of LANES numbers. The vectors are short, whatever the CPU has:
-// with AVX512's the forward pass took the same time, the backward pass a fifth less.
-template <typename T, int LANES, int COUNT>
-struct Block {
-  typedef T Vector __attribute__((vector_size(LANES * sizeof(T)), aligned(sizeof(T)), may_alias));
-  static constexpr int lanes = LANES, count = COUNT;
+// What a thread works with: the lines of a bin, and room for a RoI's bins, each a row of channels.
+template <typename T>
+struct Scratch {
+  Line<T> y, x;
+  std::vector<T> rows;
 
-  static DCDET_INLINE Vector& at(T* channels, int i) {
-    return reinterpret_cast<Vector*>(channels)[i];
-  }
-
-  static DCDET_INLINE const Vector& at(const T* channels, int i) {
-    return reinterpret_cast<const Vector*>(channels)[i];
-  }
+  explicit Scratch(const Pooling<T>& p)
+      : y(p.longest()), x(y.entries.size() / 2), rows(p.bins * p.channels) {}
 };
 
-// Call visit(block, its first channel) for all channels, COUNT vectors at a time while they last.
-template <typename T, int COUNT, typename F>
-DCDET_INLINE void by_blocks(int64_t channels, const F& visit) {
-  constexpr int LANES = 16 / sizeof(T);
-  int64_t c = 0;
-  for (; c + COUNT * LANES <= channels; c += COUNT * LANES) visit(Block<T, LANES, COUNT>(), c);
-  for (; c < channels; ++c) visit(Block<T, 1, 1>(), c);
+// Vectors are short, whatever the CPU has: memory is what takes the time.
+template <typename T>
+struct Lanes {
+  typedef T Vector __attribute__((vector_size(16), aligned(sizeof(T)), may_alias));
+  static constexpr int64_t count = 16 / sizeof(T);
+};
+
+template <typename T>
+using Vector = typename Lanes<T>::Vector;
+
+template <typename T>
+DCDET_INLINE Vector<T>& at(T* place, int64_t vector) {
+  return reinterpret_cast<Vector<T>*>(place)[vector];
+}
+
+template <typename T>
+DCDET_INLINE const Vector<T>& at(const T* place, int64_t vector) {
+  return reinterpret_cast<const Vector<T>*>(place)[vector];
+}
+
+// Channels that are summed at once, in registers, and how far ahead they are fetched, in bytes.
+constexpr int64_t VECTORS = 8, BLOCK_BYTES = VECTORS * 16, AHEAD = 2 * BLOCK_BYTES;
+
+// Fetch the block after next of a pixel or, at its end, of its neighbour to the right.
+template <int WRITE, typename T>
+DCDET_INLINE void prefetch_ahead(const T* place) {
+  const char* begin = reinterpret_cast<const char*>(place) + AHEAD;
+  for (int64_t line = 0; line < BLOCK_BYTES; line += 64) __builtin_prefetch(begin + line, WRITE);
 }
 
 // Call visit(where a pixel's channels begin, entry of y, entry of x) for all pixels of a bin.
 template <typename T, typename F>
-DCDET_INLINE void by_pixels(const Pooling<T>& p, const Lines<T>& lines, const F& visit) {
-  for (int64_t a = 0; a < lines.y.size; ++a) {
-    const Entry<T>& y = lines.y.entries[a];
-    for (int64_t b = 0; b < lines.x.size; ++b) {
-      const Entry<T>& x = lines.x.entries[b];
+DCDET_INLINE void by_pixels(const Pooling<T>& p, const Scratch<T>& scratch, const F& visit) {
+  for (int64_t a = 0; a < scratch.y.size; ++a) {
+    const Entry<T>& y = scratch.y.entries[a];
+    for (int64_t b = 0; b < scratch.x.size; ++b) {
+      const Entry<T>& x = scratch.x.entries[b];
       visit((y.cell * p.width + x.cell) * p.channels, y, x);
     }
   }
@@ -136,74 +158,67 @@ DCDET_INLINE void by_pixels(const Pooling<T>& p, const Lines<T>& lines, const F&
 
 // A bin: target[c] of the map's channels c.
 template <typename T>
-void pool_bin(const Pooling<T>& p, const Lines<T>& lines, const T* map, T divisor, T* target) {
-  by_blocks<T, 8>(p.channels, [&](auto block, int64_t c) {
-    using B = decltype(block);
-    typename B::Vector sums[B::count] = {};
-    by_pixels(p, lines, [&](int64_t pixel, const Entry<T>& y, const Entry<T>& x) {
+void pool_bin(const Pooling<T>& p, const Scratch<T>& scratch, const T* map, T divisor, T* target) {
+  int64_t c = 0;
+  for (; c + VECTORS * Lanes<T>::count <= p.channels; c += VECTORS * Lanes<T>::count) {
+    Vector<T> sums[VECTORS] = {};
+    by_pixels(p, scratch, [&](int64_t pixel, const Entry<T>& y, const Entry<T>& x) {
       const T weight = y.weight * x.weight;
+      prefetch_ahead<0>(map + pixel + c);
 #pragma GCC unroll 8
-      for (int v = 0; v < B::count; ++v) sums[v] += weight * B::at(map + pixel + c, v);
+      for (int64_t v = 0; v < VECTORS; ++v) sums[v] += weight * at(map + pixel + c, v);
     });
 #pragma GCC unroll 8
-    for (int v = 0; v < B::count; ++v) B::at(target + c, v) = sums[v] / divisor;
-  });
+    for (int64_t v = 0; v < VECTORS; ++v) at(target + c, v) = sums[v] / divisor;
+  }
+  for (; c < p.channels; ++c) {
+    T sum = 0;
+    by_pixels(p, scratch, [&](int64_t pixel, const Entry<T>& y, const Entry<T>& x) {
+      sum += y.weight * x.weight * map[pixel + c];
+    });
+    target[c] = sum / divisor;
+  }
 }
 
-// The input's gradient of some channels: grad_map[c] += that of a bin's grad[c].
+// The input's gradient: grad_map[c] += that of a bin's grad[c].
 template <typename T>
-void spread_bin(const Pooling<T>& p, const Lines<T>& lines, int64_t channels, const T* grad,
-                T divisor, T* grad_map) {
-  by_blocks<T, 8>(channels, [&](auto block, int64_t c) {
-    using B = decltype(block);
-    typename B::Vector shares[B::count];
+void spread_bin(const Pooling<T>& p, const Scratch<T>& scratch, const T* grad, T divisor,
+                T* grad_map) {
+  int64_t c = 0;
+  for (; c + VECTORS * Lanes<T>::count <= p.channels; c += VECTORS * Lanes<T>::count) {
+    Vector<T> shares[VECTORS];
 #pragma GCC unroll 8
-    for (int v = 0; v < B::count; ++v) shares[v] = B::at(grad + c, v) / divisor;
-    by_pixels(p, lines, [&](int64_t pixel, const Entry<T>& y, const Entry<T>& x) {
+    for (int64_t v = 0; v < VECTORS; ++v) shares[v] = at(grad + c, v) / divisor;
+    by_pixels(p, scratch, [&](int64_t pixel, const Entry<T>& y, const Entry<T>& x) {
       const T weight = y.weight * x.weight;
+      prefetch_ahead<1>(grad_map + pixel + c);
 #pragma GCC unroll 8
-      for (int v = 0; v < B::count; ++v) B::at(grad_map + pixel + c, v) += weight * shares[v];
+      for (int64_t v = 0; v < VECTORS; ++v) at(grad_map + pixel + c, v) += weight * shares[v];
     });
-  });
+  }
+  for (; c < p.channels; ++c) {
+    const T share = grad[c] / divisor;
+    by_pixels(p, scratch, [&](int64_t pixel, const Entry<T>& y, const Entry<T>& x) {
+      grad_map[pixel + c] += y.weight * x.weight * share;
+    });
+  }
 }
 
 template <typename T>
-struct Slope {
-  T y, x;
-};
-
-// The gradient of a bin's start.
-template <typename T>
-Slope<T> slope_of_bin(const Pooling<T>& p, const Lines<T>& lines, const T* map, const T* grad,
-                      T divisor) {
-  Slope<T> slope = {0, 0};
-  by_blocks<T, 4>(p.channels, [&](auto block, int64_t c) {
-    using B = decltype(block);
-    typename B::Vector along_y[B::count] = {}, along_x[B::count] = {};
-    by_pixels(p, lines, [&](int64_t pixel, const Entry<T>& y, const Entry<T>& x) {
-      const T weight_y = y.slope * x.unmoved, weight_x = y.unmoved * x.slope;
-#pragma GCC unroll 8
-      for (int v = 0; v < B::count; ++v) {
-        along_y[v] += weight_y * B::at(map + pixel + c, v);
-        along_x[v] += weight_x * B::at(map + pixel + c, v);
-      }
-    });
-    typename B::Vector sums[2] = {};
-#pragma GCC unroll 8
-    for (int v = 0; v < B::count; ++v) {
-      const typename B::Vector share = B::at(grad + c, v) / divisor;
-      sums[0] += share * along_y[v];
-      sums[1] += share * along_x[v];
-    }
-    T numbers[2 * B::lanes];
-    B::at(numbers, 0) = sums[0];
-    B::at(numbers, 1) = sums[1];
-    for (int lane = 0; lane < B::lanes; ++lane) {
-      slope.y += numbers[lane];
-      slope.x += numbers[B::lanes + lane];
-    }
-  });
-  return slope;
+T dot(const T* one, const T* other, int64_t count) {
+  constexpr int64_t lanes = Lanes<T>::count;
+  Vector<T> sums[4] = {};
+  int64_t c = 0;
+  for (; c + 4 * lanes <= count; c += 4 * lanes) {
+    __builtin_prefetch(reinterpret_cast<const char*>(one + c) + AHEAD);
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < 4; ++v) sums[v] += at(one + c, v) * at(other + c, v);
+  }
+  T parts[lanes], sum = 0;
+  at(parts, 0) = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (int64_t lane = 0; lane < lanes; ++lane) sum += parts[lane];
+  for (; c < count; ++c) sum += one[c] * other[c];
+  return sum;
 }
 
 // target (columns, rows) = source (rows, columns), both contiguous
@@ -216,68 +231,75 @@ void transpose(const T* source, int64_t rows, int64_t columns, T* target) {
         target[column * rows + row] = source[row * columns + column];
 }
 
-// Call visit(RoI, lines, room for a RoI's bins of `channels`) for all RoIs, in parallel.
-template <typename T, typename F>
-void by_rois(const Pooling<T>& p, const F& visit) {
-  const int64_t samples = p.longest();
+template <typename T>
+void pool(const Pooling<T>& p, const T* input, T* output) {
   torch::stable::parallel_for(0, p.rois, 1, [&](int64_t begin, int64_t end) {
-    Lines<T> lines = {Line<T>(samples), Line<T>(samples)};
-    std::vector<T> bins(p.bins * p.channels);
-    for (int64_t roi = begin; roi < end; ++roi) visit(roi, lines, bins.data());
+    Scratch<T> scratch(p);
+    T* rows = scratch.rows.data();
+    for (int64_t roi = begin; roi < end; ++roi) {
+      for (int64_t place = 0; place < p.bins; ++place) {
+        p.find_rows(roi, place, scratch.y);
+        p.find_columns(roi, place, scratch.x);
+        pool_bin(p, scratch, input + p.image[roi] * p.map(), p.divisor[roi * p.bins + place],
+                 rows + place * p.channels);
+      }
+      transpose(rows, p.bins, p.channels, output + roi * p.channels * p.bins);
+    }
   });
 }
 
+// A pixel's gradient is summed RoI after RoI, wherever the bands begin.
 template <typename T>
-void pool(const Pooling<T>& p, const T* input, T* output) {
-  by_rois(p, [&](int64_t roi, Lines<T>& lines, T* bins) {
-    const T* map = input + p.image[roi] * p.pixels() * p.channels;
-    for (int64_t place = 0; place < p.bins; ++place) {
-      p.find(roi, place, lines);
-      pool_bin(p, lines, map, p.divisor[roi * p.bins + place], bins + place * p.channels);
+void spread(const Pooling<T>& p, const T* grad, T* grad_input) {
+  const int64_t images = std::max<int64_t>(p.images, 1);
+  const int64_t bands =
+      std::min(p.height, (torch::stable::get_num_threads() + images - 1) / images);
+  torch::stable::parallel_for(0, p.images * bands, 1, [&](int64_t begin, int64_t end) {
+    Scratch<T> scratch(p);
+    T* rows = scratch.rows.data();
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t image = task / bands, band = task % bands;
+      const int64_t top = band * p.height / bands, bottom = (band + 1) * p.height / bands;
+      for (int64_t roi = 0; roi < p.rois; ++roi) {
+        if (p.image[roi] != image) continue;
+        bool found = false;
+        for (int64_t place = 0; place < p.bins; ++place) {
+          p.find_rows(roi, place, scratch.y);
+          scratch.y.keep(top, bottom);
+          if (!scratch.y.size) continue;
+          if (!found) transpose(grad + roi * p.channels * p.bins, p.channels, p.bins, rows);
+          found = true;
+          p.find_columns(roi, place, scratch.x);
+          spread_bin(p, scratch, rows + place * p.channels, p.divisor[roi * p.bins + place],
+                     grad_input + image * p.map());
+        }
+      }
     }
-    transpose(bins, p.bins, p.channels, output + roi * p.channels * p.bins);
   });
 }
 
 // grad_start (2, R, bins)
 template <typename T>
 void slopes(const Pooling<T>& p, const T* grad, const T* input, T* grad_start) {
-  by_rois(p, [&](int64_t roi, Lines<T>& lines, T* grads) {
-    const T* map = input + p.image[roi] * p.pixels() * p.channels;
-    transpose(grad + roi * p.channels * p.bins, p.channels, p.bins, grads);
-    for (int64_t place = 0; place < p.bins; ++place) {
-      const int64_t bin = roi * p.bins + place;
-      p.find(roi, place, lines);
-      if (!lines.y.size || !lines.x.size) continue;
-      const Slope<T> slope =
-          slope_of_bin(p, lines, map, grads + place * p.channels, p.divisor[bin]);
-      grad_start[bin] = slope.y;
-      grad_start[p.rois * p.bins + bin] = slope.x;
-    }
-  });
-}
-
-constexpr int64_t SLICE_BYTES = 256;  // of a pixel: few tasks, or many that find the same lines
-
-template <typename T>
-void spread(const Pooling<T>& p, const T* grad, T* grad_input) {
-  const int64_t width = SLICE_BYTES / sizeof(T), slices = (p.channels + width - 1) / width;
-  const int64_t samples = p.longest();
-  torch::stable::parallel_for(0, p.images * slices, 1, [&](int64_t begin, int64_t end) {
-    Lines<T> lines = {Line<T>(samples), Line<T>(samples)};
-    std::vector<T> grads(p.bins * width);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t image = task / slices, first = task % slices * width;
-      const int64_t channels = std::min(width, p.channels - first);
-      T* grad_map = grad_input + image * p.pixels() * p.channels + first;
-      for (int64_t roi = 0; roi < p.rois; ++roi) {
-        if (p.image[roi] != image) continue;
-        transpose(grad + (roi * p.channels + first) * p.bins, channels, p.bins, grads.data());
-        for (int64_t place = 0; place < p.bins; ++place) {
-          p.find(roi, place, lines);
-          spread_bin(p, lines, channels, grads.data() + place * channels,
-                     p.divisor[roi * p.bins + place], grad_map);
-        }
+  torch::stable::parallel_for(0, p.rois, 1, [&](int64_t begin, int64_t end) {
+    Scratch<T> scratch(p);
+    T* rows = scratch.rows.data();
+    for (int64_t roi = begin; roi < end; ++roi) {
+      const T* map = input + p.image[roi] * p.map();
+      transpose(grad + roi * p.channels * p.bins, p.channels, p.bins, rows);
+      for (int64_t place = 0; place < p.bins; ++place) {
+        p.find_rows(roi, place, scratch.y);
+        p.find_columns(roi, place, scratch.x);
+        if (!scratch.y.size || !scratch.x.size) continue;
+        T along_y = 0, along_x = 0;
+        by_pixels(p, scratch, [&](int64_t pixel, const Entry<T>& y, const Entry<T>& x) {
+          const T product = dot(map + pixel, rows + place * p.channels, p.channels);
+          along_y += y.slope * x.unmoved * product;
+          along_x += y.unmoved * x.slope * product;
+        });
+        const int64_t bin = roi * p.bins + place;
+        grad_start[bin] = along_y / p.divisor[bin];
+        grad_start[p.rois * p.bins + bin] = along_x / p.divisor[bin];
       }
     }
   });
