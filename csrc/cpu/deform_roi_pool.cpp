@@ -357,7 +357,7 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad, const Te
                                                     const Tensor& images, const Tensor& start,
                                                     const Tensor& bin, const Tensor& count,
                                                     const Tensor& first, const Tensor& last,
-                                                    const Tensor& divisor, bool of_start) {
+                                                    const Tensor& divisor, bool moved) {
   const Geometry geometry(images, start, bin, count, first, last, divisor);
   const Tensor grads = contiguous(grad);
   const Tensor grad_input = zeros_like(input, size_of(input), NHWC);
@@ -366,7 +366,7 @@ std::tuple<Tensor, Tensor> deform_roi_pool_backward(const Tensor& grad, const Te
     using T = decltype(number);
     const Pooling<T> p = geometry.on<T>(input);
     spread<T>(p, data<T>(grads), place<T>(grad_input));
-    if (!of_start) return;
+    if (!moved) return;
     const Tensor maps = contiguous(input, NHWC);
     slopes<T>(p, data<T>(grads), data<T>(maps), place<T>(grad_start));
   });

@@ -34,6 +34,8 @@ from dcdet.ops import checks, compiled
 from dcdet.ops.rois import HUGE, image_indices
 from dcdet.ops.rows import gather_rows, index_dtype, row_dots, scatter_rows
 
+OP = "deform_roi_pool"
+
 # Corners that are listed at once; a corner takes about 40 bytes.
 CORNERS = 1 << 20
 
@@ -56,31 +58,57 @@ def deform_roi_pool(
     dtype or float32; half types are computed in float32. Raises TypeError and ValueError, naming
     the argument.
     """
-    op = "deform_roi_pool"
-    checks.floating(op, "input", input, 4)
-    checks.alike(op, "rois", rois, 2, input, torch.float32)
-    checks.shape(op, "rois", rois, (rois.shape[0], 5), "(R, 5)")
-    if min(input.shape[1:]) < 1:
-        wanted = "of at least 1 channel and pixel"
-        raise checks.wrong(op, "input", wanted, f"shape {tuple(input.shape)}")
-    bins = checks.pair(op, "output_size", output_size, 1)
-    if checks.number(op, "spatial_scale", spatial_scale) <= 0:
-        raise checks.wrong(op, "spatial_scale", "positive", spatial_scale)
-    checks.integer(op, "sampling_ratio", sampling_ratio, 0)
-    checks.number(op, "gamma", gamma)
-    if offset is not None:
-        checks.alike(op, "offset", offset, 4, input, torch.float32)
-        checks.shape(op, "offset", offset, (rois.shape[0], 2, *bins), "(R, 2, ph, pw)")
+    bins = checks.pair(OP, "output_size", output_size, 1)
+    geometry = (bins, spatial_scale, sampling_ratio, gamma)
+    _check(input, rois, offset, *geometry, operator=False)
     if mask is not None:
-        checks.alike(op, "mask", mask, 4, input, torch.float32)
-        checks.shape(op, "mask", mask, (rois.shape[0], 1, *bins), "(R, 1, ph, pw)")
+        checks.alike(OP, "mask", mask, 4, input, torch.float32)
+        checks.shape(OP, "mask", mask, (rois.shape[0], 1, *bins), "(R, 1, ph, pw)")
     dtype = checks.compute_dtype(input)
     tensors = [None if t is None else t.to(dtype) for t in (input, rois, offset)]
-    geometry = (bins, float(spatial_scale), sampling_ratio, float(gamma))
-    output: Tensor = _deform_roi_pool(*tensors, *geometry)
+    output: Tensor = _deform_roi_pool(
+        *tensors, bins, float(spatial_scale), sampling_ratio, float(gamma)
+    )
     if mask is not None:
         output = output * mask.to(dtype)
     return output.to(input.dtype)
+
+
+def _check(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    output_size: list[int],
+    scale: float,
+    ratio: int,
+    gamma: float,
+    *,
+    grad: Tensor | None = None,
+    operator: bool = True,
+) -> None:
+    """What the public function, the operator, its backward and its fake kernel all ask for.
+
+    The operator is given all tensors in one dtype.
+    """
+    others = () if operator else (torch.float32,)
+    checks.floating(OP, "input", input, 4)
+    checks.alike(OP, "rois", rois, 2, input, *others)
+    checks.shape(OP, "rois", rois, (rois.shape[0], 5), "(R, 5)")
+    if min(input.shape[1:]) < 1:
+        wanted = "of at least 1 channel and pixel"
+        raise checks.wrong(OP, "input", wanted, f"shape {tuple(input.shape)}")
+    bins = checks.pair(OP, "output_size", output_size, 1)
+    if checks.number(OP, "spatial_scale", scale) <= 0:
+        raise checks.wrong(OP, "spatial_scale", "positive", scale)
+    checks.integer(OP, "sampling_ratio", ratio, 0)
+    checks.number(OP, "gamma", gamma)
+    if offset is not None:
+        checks.alike(OP, "offset", offset, 4, input, *others)
+        checks.shape(OP, "offset", offset, (rois.shape[0], 2, *bins), "(R, 2, ph, pw)")
+    if grad is not None:
+        checks.alike(OP, "grad", grad, 4, input)
+        wanted_shape = (rois.shape[0], input.shape[1], *bins)
+        checks.shape(OP, "grad", grad, wanted_shape, "(R, C, ph, pw)")
 
 
 class _Pooling:
@@ -104,7 +132,7 @@ class _Pooling:
         ratio: int,
         gamma: float,
     ) -> None:
-        self.images = image_indices("deform_roi_pool", rois, shape[0])
+        self.images = image_indices(OP, rois, shape[0])
         x1, y1, x2, y2 = ((rois[:, 1:] * scale).clamp(-HUGE, HUGE) - 0.5).unbind(1)
         start = torch.stack([y1, x1])
         self.size = torch.stack([y2, x2]) - start
@@ -264,8 +292,9 @@ def _deform_roi_pool(
     ratio: int,
     gamma: float,
 ) -> Tensor:
+    _check(input, rois, offset, output_size, scale, ratio, gamma)
     pooling = _Pooling(input.shape, rois, offset, output_size, scale, ratio, gamma)
-    if compiled.covers(input):
+    if compiled.covers(OP, input):
         return compiled.kernels.deform_roi_pool(input, *pooling.for_kernel())
     return _Table(input, pooling).pool()
 
@@ -282,10 +311,12 @@ def _deform_roi_pool_backward(
     gamma: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of input, in channels_last memory, and offset (empty without one)."""
+    _check(input, rois, offset, output_size, scale, ratio, gamma, grad=grad)
     pooling = _Pooling(input.shape, rois, offset, output_size, scale, ratio, gamma)
-    if compiled.covers(input):
+    if compiled.covers(OP, input):
         backward = compiled.kernels.deform_roi_pool_backward
-        grad_input, grad_start = backward(grad, input, *pooling.for_kernel(), offset is not None)
+        moved = offset is not None
+        grad_input, grad_start = backward(grad, input, *pooling.for_kernel(), moved)
     else:
         grad_input, grad_start = _Table(input, pooling).backward(grad)
         grad_input = grad_input.contiguous(memory_format=torch.channels_last)
@@ -296,15 +327,30 @@ def _deform_roi_pool_backward(
 
 @_deform_roi_pool.register_fake
 def _(
-    input: Tensor, rois: Tensor, offset: Tensor | None, output_size: list[int], *rest: Any
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    output_size: list[int],
+    scale: float,
+    ratio: int,
+    gamma: float,
 ) -> Tensor:
+    _check(input, rois, offset, output_size, scale, ratio, gamma)
     return input.new_empty(rois.shape[0], input.shape[1], *output_size)
 
 
 @_deform_roi_pool_backward.register_fake
 def _(
-    grad: Tensor, input: Tensor, rois: Tensor, offset: Tensor | None, *rest: Any
+    grad: Tensor,
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    output_size: list[int],
+    scale: float,
+    ratio: int,
+    gamma: float,
 ) -> tuple[Tensor, Tensor]:
+    _check(input, rois, offset, output_size, scale, ratio, gamma, grad=grad)
     grad_input = torch.empty_like(input, memory_format=torch.channels_last)
     return grad_input, grad.new_empty(0 if offset is None else offset.shape)
 
@@ -323,6 +369,5 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _deform_roi_pool.register_autograd(_backward, setup_context=_save)
-for _op in (_deform_roi_pool, _deform_roi_pool_backward):
-    for _device in ("cpu", "cuda"):
-        _op.register_autocast(_device, torch.float32)
+compiled.below_autocast(_deform_roi_pool, "deform_roi_pool")
+compiled.below_autocast(_deform_roi_pool_backward, "deform_roi_pool_backward")
