@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import op_cases
 import pytest
 import torch
@@ -52,7 +51,7 @@ def gradients(output: Tensor, grad: Tensor, leaves: list[Tensor | None]) -> list
 @pytest.mark.parametrize(("name", "ratio"), [("plain", 0), ("offset", 0), ("ratio2", 2)])
 def test_golden(shared: Path, name: str, ratio: int) -> None:
     """mmcv's own kernels, in float64: values, and the gradients that are no derivatives."""
-    arrays = {k: torch.from_numpy(v) for k, v in golden_arrays(shared, "pool_").items()}
+    arrays = op_cases.golden_mmdet(shared, "pool_")
     input = arrays["input"].requires_grad_()
     offset = None if name == "plain" else arrays["offset"].requires_grad_()
     output = deform_roi_pool(input, arrays["rois"], offset, (3, 4), 0.25, ratio, 0.1)
@@ -65,13 +64,6 @@ def test_golden(shared: Path, name: str, ratio: int) -> None:
     if offset is not None:
         assert offset.grad is not None
         op_cases.same(offset.grad, arrays[f"{name}_grad_offset"], 1e-13)
-
-
-def golden_arrays(shared: Path, prefix: str) -> dict[str, np.ndarray]:
-    path = shared / "golden_mmdet" / "ops.npz"
-    if not path.exists():
-        pytest.skip(f"no golden values at {path}")
-    return {k.removeprefix(prefix): v for k, v in np.load(path).items() if k.startswith(prefix)}
 
 
 @settings(max_examples=150)
