@@ -31,6 +31,13 @@ STABLE_TORCH_LIBRARY(dcdet_C, m) {
   m.def(
       "deform_psroi_pool_backward(Tensor grad, Tensor input, Tensor images, Tensor first, "
       "Tensor step, int group_size, int samples, bool moved) -> (Tensor, Tensor)");
+  m.def(
+      "deform_roi_pool(Tensor input, Tensor images, Tensor start, Tensor bin, Tensor count, "
+      "Tensor first, Tensor last, Tensor divisor) -> Tensor");
+  m.def(
+      "deform_roi_pool_backward(Tensor grad, Tensor input, Tensor images, Tensor start, "
+      "Tensor bin, Tensor count, Tensor first, Tensor last, Tensor divisor, bool moved) "
+      "-> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dcdet_C, CompositeExplicitAutograd, m) {

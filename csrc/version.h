@@ -3,4 +3,4 @@
 
 #include <cstdint>
 
-constexpr int64_t VERSION = 1;
+constexpr int64_t VERSION = 2;

@@ -37,6 +37,15 @@ def golden(shared: Path, prefix: str) -> list[tuple[str, dict[str, Any], dict[st
     return cases
 
 
+def golden_mmdet(shared: Path, prefix: str) -> dict[str, Tensor]:
+    """The arrays of mmdetection's recorded ops whose names begin so, without the prefix."""
+    path = shared / "golden_mmdet" / "ops.npz"
+    if not path.exists():
+        pytest.skip(f"no golden values at {path}")
+    arrays = {k: torch.from_numpy(v) for k, v in np.load(path).items()}
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
+
+
 def leaf(value: Tensor | None) -> Tensor | None:
     """A copy that collects a gradient, in the same layout."""
     return None if value is None else value.detach().clone().requires_grad_()

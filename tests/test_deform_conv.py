@@ -137,6 +137,35 @@ def plant(draw: Any, offset: Tensor, values: st.SearchStrategy[float]) -> None:
         offset.view(-1)[draw(st.integers(0, offset.numel() - 1))] = draw(values)
 
 
+@pytest.mark.parametrize("version", ["dcn", "dcnv2"])
+def test_golden_packs_of_mmdetection(shared: Path, version: str) -> None:
+    """mmcv's DCN and DCNv2: a convolution finds the offsets, and v2's mask, of a second one.
+
+    v2's channels are three chunks; the first two are not y and x, but together v1's offsets, and
+    the sigmoid of the last is the mask. Both recorded with stride 2 and two offset groups.
+    """
+    arrays = op_cases.golden_mmdet(shared, f"{version}_")
+    inputs = [
+        arrays[name].requires_grad_()
+        for name in (
+            "input",
+            "param:weight",
+            "param:conv_offset.weight",
+            "param:conv_offset.bias",
+        )
+    ]
+    input, weight, offset_weight, offset_bias = inputs
+    found = F.conv2d(input, offset_weight, offset_bias, stride=2, padding=1)
+    offset = found[:, : 2 * 9 * 2]
+    mask = found[:, 2 * 9 * 2 :].sigmoid() if version == "dcnv2" else None
+    output = deform_conv2d(input, offset, weight, stride=2, padding=1, mask=mask)
+    op_cases.same(output, arrays["out"], 1e-12)
+    grads = torch.autograd.grad(output, inputs, arrays["grad"])
+    names = ("grad_input", "grad:weight", "grad:conv_offset.weight", "grad:conv_offset.bias")
+    for name, grad in zip(names, grads, strict=True):
+        op_cases.same(grad, arrays[name], 1e-11)
+
+
 @settings(max_examples=200)
 @given(geometries(), st.data())
 def test_equals_the_reference(arguments: dict[str, Any], data: st.DataObject) -> None:

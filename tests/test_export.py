@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dcdet.ops import deform_conv2d, deform_psroi_pool, psroi_pool
+from dcdet.ops import deform_conv2d, deform_psroi_pool, deform_roi_pool, psroi_pool
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -33,6 +33,10 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Any, ...]]] = {
     "deform_psroi_pool": (
         lambda x, trans: deform_psroi_pool(x, ROIS, trans, 1 / 8, 2, 3, 3, 3, 2, 0.1),
         (random(2, 18, 9, 12), random(2, 4, 3, 3)),
+    ),
+    "deform_roi_pool": (
+        lambda x, offset, mask: deform_roi_pool(x, ROIS, offset, (3, 2), 1 / 8, mask=mask),
+        (random(2, 6, 9, 12), random(2, 2, 3, 2), random(2, 1, 3, 2)),
     ),
 }
 

@@ -13,7 +13,9 @@ from dcdet.engine.setup import build_reader
 from dcdet.registry import check
 
 LINES, FILES = 500, 15
-PUBLIC_OPS = ("deform_conv2d", "psroi_pool", "deform_psroi_pool", "nms", "batched_nms")
+PUBLIC_OPS = (
+    "deform_conv2d", "psroi_pool", "deform_psroi_pool", "deform_roi_pool", "nms", "batched_nms",
+)  # fmt: skip
 
 
 def kernel(path: Path, function: str) -> bool:

@@ -87,7 +87,7 @@ def number(op: str, name: str, value: object) -> float:
         return cast(float, value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong_type(op, name, "a number", repr(value))
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # math.isfinite would break torch.compile's graph
         raise wrong(op, name, "finite", value)
     return float(value)
 

@@ -1,11 +1,13 @@
 """Slow twins of the ops, written as the formulas read: loops over taps, bins and samples.
 
 The tests' oracle. Nothing here is shared with the fast ops; gradients come from autograd, so values
-and slopes are one formula. Arguments are not checked.
+and slopes are one formula, but for deform_roi_pool's. Arguments are not checked.
 """
 
+import itertools
 import math
 from decimal import ROUND_HALF_UP, Decimal
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -204,6 +206,87 @@ def _roi_sample(
             pixel = _pixel(plane, images, pixel_y.detach(), pixel_x.detach())[:, 0]
             value = value + weight_y * weight_x * pixel
     return torch.where(kept, value, 0), kept
+
+
+def deform_roi_pool(
+    input: Tensor,
+    rois: Tensor,
+    offset: Tensor | None,
+    output_size: tuple[int, int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    gamma: float = 0.1,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The twin of ops.deform_roi_pool; pairs only."""
+    channels = input.shape[1]
+    pooled = []
+    for number, roi in enumerate(rois):
+        x1, y1, x2, y2 = (roi[1:] * spatial_scale).clamp(-1e9, 1e9) - 0.5
+        for place in itertools.product(*map(range, output_size)):
+            axes = []
+            for axis, start, end in ((0, y1, y2), (1, x1, x2)):
+                bin_size = (end - start) / output_size[axis]
+                first = start
+                if offset is not None:  # channel 0 is that of x
+                    shift = offset[number, 1 - axis, place[0], place[1]].clamp(-1e9, 1e9)
+                    first = first + gamma * (end - start) * shift
+                first = first + place[axis] * bin_size
+                axes.append(_samples_of_bin(first, bin_size, sampling_ratio, input.shape[2 + axis]))
+            (y, count_y), (x, count_x) = axes
+            if y is None or x is None:
+                pooled.append(input.new_full((channels,), torch.nan))
+            else:
+                total = _aligned_samples(input[int(roi[0])], y, x).sum((1, 2))
+                pooled.append(total / max(count_y * count_x, 1))
+    if not pooled:
+        return input.new_zeros(0, channels, *output_size)
+    bins = torch.stack(pooled).view(-1, *output_size, channels).permute(0, 3, 1, 2)
+    return bins if mask is None else bins * mask
+
+
+def _samples_of_bin(
+    first: Tensor, bin_size: Tensor, ratio: int, length: int
+) -> tuple[Tensor | None, int]:
+    """The samples of a bin that are in [-1, length], None where they are NaN; how many it has."""
+    if first.isnan():
+        return None, 0
+    count = ratio or max(math.ceil(bin_size.float().item()), 0)
+    numbers = range(count)
+    if count > 1000:  # those near the map, in exact arithmetic
+        start, step = Fraction(first.item()), Fraction(bin_size.item()) / count
+        low, high = ((edge - start) / step for edge in (-1, length))
+        numbers = range(max(math.floor(low) - 3, 0), min(math.ceil(high) + 3, count))
+    positions = first + (first.new_tensor(list(numbers)) + 0.5) * bin_size / max(count, 1)
+    return positions[(positions >= -1) & (positions <= length)], count
+
+
+def _aligned_samples(plane: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """plane (C, H, W) at rows y (n,) and columns x (m,) in [-1, H] and [-1, W] -> (C, n, m).
+
+    The value is that of the position moved onto the map. The slope is that of the same bilinear
+    form, with the same corners, at the position that was not moved.
+    """
+    value = plane.new_zeros(plane.shape[0], y.shape[0], x.shape[0])
+    form = torch.zeros_like(value)
+    for cell_y, weight_y, extended_y in _aligned_corners(y, plane.shape[1]):
+        for cell_x, weight_x, extended_x in _aligned_corners(x, plane.shape[2]):
+            corner = plane[:, cell_y][:, :, cell_x]
+            value = value + corner * weight_y[:, None] * weight_x
+            form = form + corner.detach() * extended_y[:, None] * extended_x
+    return value + (form - form.detach())
+
+
+def _aligned_corners(position: Tensor, length: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Of both corners: pixel, weight in the value, weight in the slope."""
+    moved = position.detach().clamp(0, length - 1)
+    low = moved.floor()
+    high = (low + 1).clamp(max=length - 1)
+    fraction = moved - low
+    return [
+        (low.long(), 1 - fraction, high - position),
+        (high.long(), fraction, position - low),
+    ]
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> list[int]:
