@@ -46,8 +46,8 @@ DCDET_INLINE Axis<T> axis_of_release(T position, int size) {
   return {inside ? cell : -1, inside ? safe - T(cell) : outside, inside, held};
 }
 
-// A bilinear sample of a map's pixels, which are counted through the batch. Its corners are the upper
-// left, upper right, lower left and lower right one.
+// A bilinear sample of a map's pixels, which are counted through the batch. Its corners are the
+// upper left, upper right, lower left and lower right one.
 template <typename T>
 struct Sample {
   long long first;        // the upper left corner's pixel, if it is there

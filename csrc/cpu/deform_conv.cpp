@@ -378,8 +378,8 @@ Tensor deform_conv2d(const Tensor& input, const Tensor& offset, const Tensor& we
                      std::vector<int64_t> stride, std::vector<int64_t> padding,
                      std::vector<int64_t> dilation, bool original) {
   const ConvShape s = shape_of(input, offset, weight, stride, padding, dilation, original);
-  const Tensor maps = contiguous(input, NHWC), matrix = contiguous(weight, NHWC);
-  const Tensor shifts = contiguous(offset);
+  const Tensor maps = laid_out(input, NHWC), matrix = laid_out(weight, NHWC);
+  const Tensor shifts = laid_out(offset);
   const std::vector<Tensor> factors = present(mask), constants = present(bias);
   const Tensor output =
       empty_like(input, {s.batch, s.out_channels, s.out_height, s.out_width}, NHWC);
@@ -403,8 +403,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> deform_conv2d_backward(
     const std::optional<Tensor>& mask, std::vector<int64_t> stride, std::vector<int64_t> padding,
     std::vector<int64_t> dilation, bool original) {
   const ConvShape s = shape_of(input, offset, weight, stride, padding, dilation, original);
-  const Tensor grads = contiguous(grad, NHWC), maps = contiguous(input, NHWC);
-  const Tensor matrix = contiguous(weight, NHWC), shifts = contiguous(offset);
+  const Tensor grads = laid_out(grad, NHWC), maps = laid_out(input, NHWC);
+  const Tensor matrix = laid_out(weight, NHWC), shifts = laid_out(offset);
   const std::vector<Tensor> factors = present(mask);
   const Tensor grad_offset = empty_like(offset, size_of(offset));
   const Tensor grad_mask = empty_like(offset, mask ? size_of(*mask) : std::vector<int64_t>{0});

@@ -26,8 +26,8 @@ struct Tiles {
   Tiles(const Tiles&) = delete;
 };
 
-// c (32, 32) float32 = or += a (32, 32 * steps) b (32 * steps, 32). A step of b is two tiles: pairs of
-// its rows side by side, for 16 columns each. Distances between rows and steps are in bytes.
+// c (32, 32) float32 = or += a (32, 32 * steps) b (32 * steps, 32). A step of b is two tiles: pairs
+// of its rows side by side, for 16 columns each. Distances between rows and steps are in bytes.
 DCDET_INLINE void multiply_tiles(const void* a, int64_t a_row, int64_t a_step, const void* b,
                                  int64_t steps, float* c, int64_t c_row, bool add) {
   const char *left = static_cast<const char*>(a), *right = static_cast<const char*>(b);
@@ -64,7 +64,9 @@ DCDET_INLINE void multiply_tiles(const void* a, int64_t a_row, int64_t a_step, c
 }
 
 // Sixteen words of two bfloat16: the even numbers and the odd ones.
-DCDET_INLINE __m512 even_of(__m512i words) { return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)); }
+DCDET_INLINE __m512 even_of(__m512i words) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+}
 DCDET_INLINE __m512 odd_of(__m512i words) {
   return _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(int(0xffff0000))));
 }
@@ -307,8 +309,8 @@ void pack_slice(const ConvBackward<BFloat16, float>& call, Slice slice, BFloat16
 
 // The columns of one slice and tile of pixels first, ..., first + rows - 1, and their gradients.
 //
-// partial (rows, K, 3) receives the slice's part of the gradients of dy, dx and mask. The gradient of
-// the input, `grad_input` (input pixel, slice, 32), even channels first, is added to, or left to
+// partial (rows, K, 3) receives the slice's part of the gradients of dy, dx and mask. The gradient
+// of the input, `grad_input` (input pixel, slice, 32), even channels first, is added to, or left to
 // scatter_columns.
 template <bool SCATTER>
 void find_columns(const ConvBackward<BFloat16, float>& call, Slice slice, int64_t index,
@@ -353,7 +355,8 @@ void find_columns(const ConvBackward<BFloat16, float>& call, Slice slice, int64_
         keep(_mm512_setzero_ps(), pair + 512);
         continue;
       }
-      const Sample<float>& sample = samples[(i * taps + tap) * s.offset_groups + place.offset_group];
+      const int64_t number = (i * taps + tap) * s.offset_groups + place.offset_group;
+      const Sample<float>& sample = samples[number];
       const float mask = masks ? masks[(place.offset_group * taps + tap) * plane] : 1.0f;
       const float* grad_column = grad_columns + (tap * tile + i) * SIDE;
       const __m512 grad_even = _mm512_loadu_ps(grad_column);
@@ -396,7 +399,8 @@ void scatter_columns(const ConvBackward<BFloat16, float>& call, Slice slice, int
   for (int64_t i = 0; i < rows; ++i) {
     const float* masks = mask_of(s, call.mask, first + i);
     for (int64_t tap = 0; tap < taps; ++tap) {
-      const Sample<float>& sample = samples[(i * taps + tap) * s.offset_groups + place.offset_group];
+      const int64_t number = (i * taps + tap) * s.offset_groups + place.offset_group;
+      const Sample<float>& sample = samples[number];
       const float mask = masks ? masks[(place.offset_group * taps + tap) * plane] : 1.0f;
       const __m512 grad = _mm512_loadu_ps(grad_columns + (tap * tile + i) * SIDE + half * 16);
       for (int corner = 0; corner < 4; ++corner) {
@@ -410,8 +414,8 @@ void scatter_columns(const ConvBackward<BFloat16, float>& call, Slice slice, int
   }
 }
 
-// grad_weights of taps begin, ..., end - 1 = or += those of a tile; `first` is a multiple of 32, and
-// `turned` as turn_grad left it.
+// grad_weights of taps begin, ..., end - 1 = or += those of a tile; `first` is a multiple of 32,
+// and `turned` as turn_grad left it.
 void add_grad_weights(const ConvShape& s, const BFloat16* turned, Slice slice, int64_t first,
                       int64_t rows, int64_t tile, int64_t begin, int64_t end, bool add,
                       const float* grad_columns, float* grad_weights) {

@@ -1,11 +1,11 @@
 // The deformable convolution for one instruction set; see instruction_sets.h.
 //
 // Forward: a tile of output pixels at a time. The samples of a tile are gathered, some taps and
-// channels after another, into columns that stay in the cache, and multiplied at once.
-// Backward: a slice, one vector pair of input channels, is worked on in tiles of pixels, one after
-// another. No two threads add to one number, and the sums do not depend on their number: a task has a
-// slice to itself, or, where there are more threads than slices, the columns of many tiles and slices
-// are found side by side, and are then summed by tasks of half a slice, or of one tap.
+// channels after another, into columns that stay in the cache, and multiplied at once. Backward: a
+// slice, one vector pair of input channels, is worked on in tiles of pixels, one after another. No
+// two threads add to one number, and the sums do not depend on their number: a task has a slice to
+// itself, or, where there are more threads than slices, the columns of many tiles and slices are
+// found side by side, and are then summed by tasks of half a slice, or of one tap.
 
 #include "turn.h"
 
@@ -345,8 +345,8 @@ const T* grad_of_tile(const ConvBackward<T>& call, const Place& place, int64_t f
 
 // The columns of one slice and tile of pixels first, ..., first + rows - 1, and their gradients.
 //
-// partial (rows, K, 3) receives the slice's part of the gradients of dy, dx and mask. The gradient of
-// the input is added to, or left to scatter_columns.
+// partial (rows, K, 3) receives the slice's part of the gradients of dy, dx and mask. The gradient
+// of the input is added to, or left to scatter_columns.
 template <typename T, bool SCATTER>
 void find_columns(const ConvBackward<T>& call, Slice slice, int64_t first, int64_t rows,
                   int64_t tile, const Sample<T>* samples, const T* weights, T* scratch, T* columns,

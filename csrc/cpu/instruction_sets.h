@@ -1,8 +1,9 @@
 // Compiles the file KERNEL for every instruction set, each time inside a namespace of its own, with
 //   VECTOR_BYTES  the size of a vector register
 //   BLOCK_ROWS    rows of a product that are held in registers, times two vectors
-// KERNEL must include nothing but what is compiled along with it (turn.h): whatever it instantiates belongs to its instruction set alone. It
-// must define `template <typename T> const KERNELS<T>& kernels()`; best<T>() chooses among them.
+// KERNEL must include nothing but what is compiled along with it (turn.h): whatever it instantiates
+// belongs to its instruction set alone. It must define `template <typename T> const KERNELS<T>&
+// kernels()`; best<T>() chooses among them.
 #include <cstdint>
 #include <cstdlib>
 #if defined(__x86_64__)

@@ -1,7 +1,7 @@
 // Position-sensitive RoI pooling on a CPU, plain and deformable.
 //
-// A task owns some planes of one image for all RoIs: they stay in the cache, nothing is added by two
-// threads, and the sums do not depend on their number. Where the bins lie was found in Python.
+// A task owns some planes of one image for all RoIs: they stay in the cache, nothing is added by
+// two threads, and the sums do not depend on their number. Where the bins lie was found in Python.
 #include "buffer.h"
 #include "psroi_pool.h"
 #include "tensors.h"
@@ -75,8 +75,8 @@ class Blocks {
   int64_t used_ = 0, capacity_ = 0;
 };
 
-// Where plain bins lie: edges (4, R, p), first and last row, first and last column; the last are not
-// in the bin.
+// Where plain bins lie: edges (4, R, p), first and last row, first and last column; the last are
+// not in the bin.
 template <typename T>
 struct Cells {
   const PoolShape& s;
@@ -129,7 +129,9 @@ struct Places {
   int64_t bins() const { return s.rois * s.classes * s.places(); }
 
   int64_t size(int64_t roi) const {
-    const auto cells = [&](T step) { return step * T(count) < T(1000) ? int64_t(step * count) : 1000; };
+    const auto cells = [&](T step) {
+      return step * T(count) < T(1000) ? int64_t(step * T(count)) : 1000;
+    };
     return cells(step[roi]) * 1000 + cells(step[s.rois + roi]);
   }
 
@@ -142,7 +144,8 @@ struct Places {
       for (int64_t l = 0; l < LANES; ++l) {
         const int64_t lane = std::min(l, bins.count - 1), roi = bins.roi[lane];
         const int64_t place = bins.row[lane] * s.pooled + bins.column[lane];
-        samples.first[l] = first[axis * this->bins() + (roi * s.classes + cls) * s.places() + place];
+        const int64_t bin = (roi * s.classes + cls) * s.places() + place;
+        samples.first[l] = first[axis * this->bins() + bin];
         samples.step[l] = step[axis * s.rois + roi];
       }
       found[axis] = best<T>().find_entries(samples, lows.data(), fractions.data(),
@@ -158,8 +161,8 @@ struct Places {
   }
 };
 
-// The RoIs of each image, those of one size together: bins side by side take as long as the largest.
-// (A NaN is as large as can be.)
+// The RoIs of each image, those of one size together: bins side by side take as long as the
+// largest. (A NaN is as large as can be.)
 template <typename T, typename Where>
 std::vector<std::vector<int64_t>> rois_of_images(const PoolShape& s, const Where& where,
                                                  const int64_t* images, const T* grad) {
@@ -212,13 +215,14 @@ void add_blocks(const PoolShape& s, Where& where, const std::vector<int64_t>& ro
 constexpr int64_t TASK_CHANNELS = 32;  // two cache lines of each pixel of a channels-last map
 
 // For each task its begin(image, first channel, channels, whether there is nothing to do), then
-// visit(channel within the task, output channel, number of the task, block) for every block of every
-// channel, then end(image, first channel, channels).
+// visit(channel within the task, output channel, number of the task, block) for every block of
+// every channel, then end(image, first channel, channels).
 template <typename T, typename Where, typename Task>
 void for_each_block(const PoolShape& s, const Where& where, const int64_t* images, const T* grad,
                     const Task& task) {
   const auto rois = rois_of_images<T>(s, where, images, grad);
-  // Classes with bins of their own have blocks that are used once; others are made for all channels.
+  // Classes with bins of their own have blocks that are used once; others are made for all
+  // channels.
   std::vector<Blocks<T>> shared(s.classes == 1 ? s.images * s.groups() : 0);
   torch::stable::parallel_for(0, shared.size(), 1, [&](int64_t begin, int64_t end) {
     Where own = where;
@@ -282,6 +286,12 @@ struct Map {
   }
 };
 
+// Of a map that is only read.
+template <typename T>
+T* numbers(const Tensor& maps) {
+  return const_cast<T*>(data<T>(maps));
+}
+
 template <typename T>
 struct Forward {
   const PoolShape& s;
@@ -300,8 +310,8 @@ struct Forward {
   void end(int64_t, int64_t, int64_t) {}
 };
 
-// `parts` (slots, 2, R, K, p, p) collect how the bins' gradients change when they move; no channel's
-// numbers are added to another task's.
+// `parts` (slots, 2, R, K, p, p) collect how the bins' gradients change when they move; no
+// channel's numbers are added to another task's.
 template <typename T>
 struct Backward {
   const PoolShape& s;
@@ -375,13 +385,13 @@ Tensor psroi_pool(const Tensor& input, const Tensor& images, const Tensor& edges
                   int64_t group_size) {
   const PoolShape s = shape_of(size_of(input), group_size, images.size(0), 1, edges.size(2));
   const bool by_pixel = is_channels_last(input);
-  const Tensor maps = contiguous(input, by_pixel ? NHWC : NCHW), index = contiguous(images);
-  const Tensor bounds = contiguous(edges);
+  const Tensor maps = laid_out(input, by_pixel ? NHWC : NCHW), index = laid_out(images);
+  const Tensor bounds = laid_out(edges);
   const Tensor output = empty_like(input, {s.rois, s.depth(), s.pooled, s.pooled});
   by_dtype(input, [&](auto number) {
     using T = decltype(number);
     for_each_block<T>(s, Cells<T>{s, data<int64_t>(bounds)}, data<int64_t>(index), nullptr,
-                      Forward<T>{s, {s, const_cast<T*>(data<T>(maps)), by_pixel}, place<T>(output)});
+                      Forward<T>{s, {s, numbers<T>(maps), by_pixel}, place<T>(output)});
   });
   return output;
 }
@@ -389,7 +399,7 @@ Tensor psroi_pool(const Tensor& input, const Tensor& images, const Tensor& edges
 Tensor psroi_pool_backward(const Tensor& grad, const Tensor& images, const Tensor& edges,
                            std::vector<int64_t> size, int64_t group_size, bool channels_last) {
   const PoolShape s = shape_of(size, group_size, images.size(0), 1, edges.size(2));
-  const Tensor grads = contiguous(grad), index = contiguous(images), bounds = contiguous(edges);
+  const Tensor grads = laid_out(grad), index = laid_out(images), bounds = laid_out(edges);
   const Tensor grad_input = empty_like(grad, size, channels_last ? NHWC : NCHW);
   by_dtype(grad, [&](auto number) {
     using T = decltype(number);
@@ -404,14 +414,14 @@ Tensor deform_psroi_pool(const Tensor& input, const Tensor& images, const Tensor
   const PoolShape s =
       shape_of(size_of(input), group_size, images.size(0), first.size(2), first.size(3));
   const bool by_pixel = is_channels_last(input);
-  const Tensor maps = contiguous(input, by_pixel ? NHWC : NCHW), index = contiguous(images);
-  const Tensor places = contiguous(first), steps = contiguous(step);
+  const Tensor maps = laid_out(input, by_pixel ? NHWC : NCHW), index = laid_out(images);
+  const Tensor places = laid_out(first), steps = laid_out(step);
   const Tensor output = empty_like(input, {s.rois, s.depth(), s.pooled, s.pooled});
   by_dtype(input, [&](auto number) {
     using T = decltype(number);
     for_each_block<T>(s, Places<T>{s, data<T>(places), data<T>(steps), samples},
                       data<int64_t>(index), nullptr,
-                      Forward<T>{s, {s, const_cast<T*>(data<T>(maps)), by_pixel}, place<T>(output)});
+                      Forward<T>{s, {s, numbers<T>(maps), by_pixel}, place<T>(output)});
   });
   return output;
 }
@@ -424,14 +434,14 @@ std::tuple<Tensor, Tensor> deform_psroi_pool_backward(const Tensor& grad, const 
   const PoolShape s =
       shape_of(size_of(input), group_size, images.size(0), first.size(2), first.size(3));
   const bool by_pixel = is_channels_last(input);
-  const Tensor maps = contiguous(input, by_pixel ? NHWC : NCHW), index = contiguous(images);
-  const Tensor grads = contiguous(grad), places = contiguous(first), steps = contiguous(step);
+  const Tensor maps = laid_out(input, by_pixel ? NHWC : NCHW), index = laid_out(images);
+  const Tensor grads = laid_out(grad), places = laid_out(first), steps = laid_out(step);
   const Tensor grad_input = empty_like(input, size_of(input), by_pixel ? NHWC : NCHW);
   const Tensor grad_first = empty_like(input, moved ? size_of(first) : std::vector<int64_t>{0});
   by_dtype(input, [&](auto number) {
     using T = decltype(number);
     backward<T>(s, Places<T>{s, data<T>(places), data<T>(steps), samples}, data<T>(grads),
-                const_cast<T*>(data<T>(maps)), by_pixel, data<int64_t>(index),
+                numbers<T>(maps), by_pixel, data<int64_t>(index),
                 place<T>(grad_input), moved ? place<T>(grad_first) : nullptr);
   });
   return {grad_input, grad_first};

@@ -13,8 +13,8 @@ constexpr int64_t LANES = 16, ACROSS = 8;
 // What LANES bins read of one plane. Along each axis a bin reads `count` cells, each with a weight;
 // a cell of weight 0 is not read and may lie anywhere. A row's cell is where the row begins.
 //
-// After the struct follow `rows`, then `columns` entries; an entry is LANES cells, LANES weights and
-// LANES slopes (of the weight, when the bin moves; only where the gradients are wanted).
+// After the struct follow `rows`, then `columns` entries; an entry is LANES cells, LANES weights
+// and LANES slopes (of the weight, when the bin moves; only where the gradients are wanted).
 template <typename T>
 struct Block {
   int64_t rows, columns, bins;  // lanes beyond `bins` are not in use
