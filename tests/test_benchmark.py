@@ -200,7 +200,7 @@ def test_the_three_poolings(case: Pool, monkeypatch: pytest.MonkeyPatch) -> None
     assert calls["torchvision"](False).shape == calls["ours"](False).shape
     # Without kernels there is nothing that could be switched off.
     asked = []
-    monkeypatch.setattr(compiled, "covers", lambda input: asked.append(1))
+    monkeypatch.setattr(compiled, "covers", lambda op, input: asked.append(1))
     calls["plain"](True)
     assert asked == []
     calls["ours"](True)
@@ -335,7 +335,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small")
 def test_without_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "covers", lambda input: False)
+    monkeypatch.setattr(compiled, "covers", lambda op, input: False)
     lines: list[str] = []
     code = benchmark.benchmark_ops(lines.append, tmp_path / "x.json", device="cpu", quick=True)
     report = strictly(tmp_path / "x.json")

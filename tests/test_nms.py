@@ -33,8 +33,9 @@ def test_golden(shared: Path) -> None:
         assert kept.tolist() == arrays[f"nms_keep_{name}"].tolist()
 
 
+# No IoU of these boxes is 0.11, 0.29, 0.61 or 0.89: float32 and float64 would round it apart.
 @settings(max_examples=200)
-@given(st.lists(rows, max_size=12), st.sampled_from([0.0, 0.1, 0.29, 0.61, 0.9, 1.0]))
+@given(st.lists(rows, max_size=12), st.sampled_from([0.0, 0.11, 0.29, 0.61, 0.89, 1.0]))
 def test_equals_the_reference(values: list[tuple[float, ...]], threshold: float) -> None:
     boxes, scores = split(values)
     assert nms(boxes, scores, threshold).tolist() == reference.nms(boxes, scores, threshold)
