@@ -138,8 +138,8 @@ DCDET_INLINE T middle_position(T start, T bin, T count, long i) {
 #endif
 }
 
-// One axis of such a sample: the cells `low` and, but for the last one, low + 1, with their weights.
-// Samples outside [-1, size] are 0; the others are held between the outermost cells.
+// One axis of such a sample: cell `low` and, where that is not the last one, low + 1, with their
+// weights. Samples outside [-1, size] are 0; the others are held between the outermost cells.
 //
 // Slopes are mmcv's. They are 0 on the last cell. Else the slope along this axis is the difference
 // of both cells, and the slope along the other axis is taken with the weights `unmoved`, which are
