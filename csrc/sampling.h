@@ -124,4 +124,42 @@ DCDET_INLINE PoolAxis<T> pool_axis(T position, long size) {
   return {low, inside - T(low), true};
 }
 
+// Where sample `i` of a bin of aligned RoIs lies along an axis: in the middle of its part. Rounded
+// after each step, as above.
+template <typename T>
+DCDET_INLINE T middle_position(T start, T bin, T count, long i) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) == 4)
+    return __fadd_rn(start, __fdiv_rn(__fmul_rn(T(i) + T(0.5), bin), count));
+  else
+    return __dadd_rn(start, __ddiv_rn(__dmul_rn(T(i) + T(0.5), bin), count));
+#else
+  return start + (T(i) + T(0.5)) * bin / count;
+#endif
+}
+
+// One axis of such a sample: cell `low` and, where that is not the last one, low + 1, with their
+// weights. Samples outside [-1, size] are 0; the others are held between the outermost cells.
+//
+// Slopes are mmcv's. They are 0 on the last cell. Else the slope along this axis is the difference
+// of both cells, and the slope along the other axis is taken with the weights `unmoved`, which are
+// those of where the sample was before it was held.
+template <typename T>
+struct AlignedAxis {
+  long low;
+  bool kept, last;
+  T weight[2], unmoved[2];
+};
+
+template <typename T>
+DCDET_INLINE AlignedAxis<T> aligned_axis(T position, long size) {
+  // Written so that a NaN fails.
+  if (!(position >= T(-1) && position <= T(size))) return {0, false, true, {}, {}};
+  const T held = position > T(0) ? position : T(0);
+  const long low = long(held);
+  if (low >= size - 1) return {size - 1, true, true, {T(1), T(0)}, {T(0), T(0)}};
+  const T fraction = held - T(low);
+  return {low, true, false, {1 - fraction, fraction}, {T(low + 1) - position, position - T(low)}};
+}
+
 }  // namespace dcdet

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dcdet import cli
 from dcdet.engine import benchmark
-from dcdet.engine.benchmark import CASES, PASSES, QUICK, WAYS, Conv, Pool
+from dcdet.engine.benchmark import CASES, PASSES, QUICK, WAYS, Aligned, Conv, Pool
 from dcdet.ops import compiled
 
 CPU = torch.device("cpu")
@@ -174,6 +174,7 @@ def test_cases_can_be_told_apart_and_fit_the_table() -> None:
     v2 = Conv(64, 20, 24, mask=True, batch=2, dtype="bf16")
     assert v2.label == "2x64x20x24 v2 bf16"
     assert Pool("deform_psroi_pool", 21, 38, 63, shifts=21).label == "21x7x7 38x63 s21"
+    assert Aligned(256, 200, 336, dtype="bf16").label == "512 256x200x336 bf16"
     assert {case.op for case in QUICK} == {case.op for case in CASES}
 
 
@@ -191,10 +192,11 @@ def test_the_three_convolutions(case: Conv) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in QUICK if case.op != "deform_conv2d"], ids=str)
-def test_the_three_poolings(case: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_three_poolings(case: Pool | Aligned, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = case.calls(CPU)
     ours, plain = calls["ours"](True), calls["plain"](True)
-    assert len(ours) == len(plain) == 1 + (case.shifts > 0)
+    shifted = isinstance(case, Aligned) or case.shifts > 0
+    assert len(ours) == len(plain) == 1 + shifted
     for one, other in zip(ours, plain, strict=True):
         op_cases.same(one, other, 1e-3)
     assert calls["torchvision"](False).shape == calls["ours"](False).shape
@@ -214,6 +216,22 @@ def test_the_arithmetic_of_psroi_pool_is_about_right() -> None:
     case = Pool("psroi_pool", 21, 38, 63)
     bins = _Bins(torch.Size((1, 21 * 49, 38, 63)), case._rois(), 1 / 16, 7, 7)
     assert 0.3 < case.flops / float(bins.areas.sum() * 21) < 1
+
+
+def test_aligned_pooling_beside_roi_align() -> None:
+    """The same function where nothing is moved; and as many samples as are counted."""
+    from dcdet.ops.deform_roi_pool import _Pooling
+
+    case = next(case for case in QUICK if isinstance(case, Aligned))
+    calls = case.calls(CPU)
+    _, offset = calls["ours"].leaves
+    with torch.no_grad():
+        offset.zero_()
+    op_cases.same(calls["ours"](False), calls["torchvision"](False), 1e-5)
+    for one in (case, Aligned(256, 200, 336)):
+        shape = torch.Size((1, 1, one.height, one.width))
+        pooling = _Pooling(shape, one._rois(), None, [7, 7], 1 / 4, 0, 0.1)
+        assert one.flops == 8 * one.channels * float(pooling.divisor.sum())
 
 
 # Clock and scales.

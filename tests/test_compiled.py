@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import op_cases
@@ -16,6 +17,7 @@ from torch import Tensor
 from dcdet.ops import compiled, deform_psroi_pool, deform_roi_pool, psroi_pool
 from dcdet.ops.deform_conv import _deform_conv2d, _deform_conv2d_backward
 from dcdet.ops.deform_psroi_pool import _deform_psroi_pool, _deform_psroi_pool_backward
+from dcdet.ops.deform_roi_pool import _deform_roi_pool, _deform_roi_pool_backward
 from dcdet.ops.psroi_pool import _psroi_pool, _psroi_pool_backward
 
 needs_kernels = pytest.mark.skipif(bool(compiled.missing), reason=f"kernels: {compiled.missing}")
@@ -90,19 +92,21 @@ def test_operators_take_half_types_with_and_without_kernels(way: str) -> None:
     x = torch.randn(1, 8, 5, 6, generator=generator)
     offset, weight = torch.randn(1, 18, 5, 6), torch.randn(3, 8, 3, 3, generator=generator)
     rois, trans = torch.tensor([[0, 0, 0, 4, 4]]).float(), torch.zeros(1, 2, 2, 2)
-    one = [[1, 1]] * 3
+    one, align = [[1, 1]] * 3, ([2, 2], 1.0, 0, 0.1)
 
     def run(dtype: torch.dtype) -> list[Tensor]:
         maps, matrix = x.half().to(dtype), weight.half().to(dtype)
         y = _deform_conv2d(maps, offset, matrix, None, None, *one, False)
         pooled = _psroi_pool(maps, rois, 1.0, 2, 2, 2)
         moved = _deform_psroi_pool(maps, rois, trans, [2, 2, 2, 2, 2], 1.0, 0.1)
-        grads = [torch.ones_like(t) for t in (y, pooled, moved)]
+        aligned = _deform_roi_pool(maps, rois, trans, *align)
+        grads = [torch.ones_like(t) for t in (y, pooled, moved, aligned)]
         return [
-            *(y, pooled, moved),
+            *(y, pooled, moved, aligned),
             *_deform_conv2d_backward(grads[0], maps, offset, matrix, None, *one, False),
             _psroi_pool_backward(grads[1], rois, [1, 8, 5, 6], 1.0, 2, 2, False),
             *_deform_psroi_pool_backward(grads[2], maps, rois, trans, [2, 2, 2, 2, 2], 1.0, 0.1),
+            *_deform_roi_pool_backward(grads[3], maps, rois, trans, *align),
         ]
 
     with op_cases.way(way):
@@ -268,24 +272,42 @@ def test_pooling_equals_the_torch_way(
         torch.set_num_threads(before)
 
 
+def aligned(
+    channels: int,
+    layout: torch.memory_format,
+    ratio: int = 0,
+    moved: bool = True,
+    *,
+    dtype: torch.dtype = torch.float32,
+    whole: bool = False,
+) -> list[Tensor]:
+    """Output and gradients of deform_roi_pool, on RoIs inside the map and beyond it.
+
+    `whole`: of whole numbers, which half types have, too.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(make: Callable[..., Tensor], *size: int) -> Tensor:
+        return make(*size, generator=generator, dtype=torch.float64)
+
+    x = random(torch.randn, 2, channels, 20, 30).contiguous(memory_format=layout)
+    low = random(torch.rand, 40, 2) * 400 - 40
+    high = low + random(torch.rand, 40, 2) * 1200
+    rois = torch.cat([torch.arange(40)[:, None] % 2, low, high], 1).to(dtype)
+    offset, grad = random(torch.randn, 40, 2, 7, 5), random(torch.randn, 40, channels, 7, 5)
+    x, grad = ((x * 50).round(), (grad * 9).round()) if whole else (x, grad)
+    leaves = [leaf.to(dtype).requires_grad_() for leaf in ([x, offset] if moved else [x])]
+    y = deform_roi_pool(leaves[0], rois, leaves[1] if moved else None, (7, 5), 1 / 16, ratio)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad.to(dtype))]
+
+
 @needs_kernels
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("channels", [3, 70, 256])
 def test_aligned_pooling_equals_the_torch_way(channels: int, layout: torch.memory_format) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, channels, 20, 30, generator=generator).contiguous(memory_format=layout)
-    low = torch.rand(40, 2, generator=generator) * 400 - 40
-    high = low + torch.rand(40, 2, generator=generator) * 1200
-    rois = torch.cat([torch.arange(40)[:, None] % 2, low, high], 1)
-    offset = torch.randn(40, 2, 7, 5, generator=generator)
-    grad = torch.randn(40, channels, 7, 5, generator=generator)
-    found = []
-    for way in ("compiled", "torch"):
-        leaves = [x.clone().requires_grad_(), offset.clone().requires_grad_()]
-        with op_cases.way(way):
-            y = deform_roi_pool(leaves[0], rois, leaves[1], (7, 5), 1 / 16)
-            found.append([y.detach(), *torch.autograd.grad(y, leaves, grad)])
-    for one, other in zip(*found, strict=True):
+    with op_cases.way("torch"):
+        expected = aligned(channels, layout)
+    for one, other in zip(aligned(channels, layout), expected, strict=True):
         op_cases.same(one, other, 1e-4 * float(other.abs().max()))
 
 

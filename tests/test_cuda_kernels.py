@@ -6,6 +6,7 @@ wrong numbers, indices (under sanitisers, see CONTRIBUTING.md) and waiting; no r
 
 import contextlib
 import hashlib
+import importlib
 import os
 import shutil
 import subprocess
@@ -23,12 +24,15 @@ from conftest import ROOT
 from test_deform_conv import test_a_nan_offset_stays_where_it_is as check_nan_offsets
 from test_deform_conv import test_equals_the_reference as check_conv
 from test_deform_psroi_pool import test_equals_the_reference as check_deform_pool
+from test_deform_roi_pool import test_equals_the_reference as check_aligned_pool
+from test_deform_roi_pool import test_gradient_at_the_border as check_border
 from test_psroi_pool import test_equals_the_reference as check_pool
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dcdet.ops import compiled, deform_conv2d, deform_psroi_pool, psroi_pool
+from dcdet.ops import compiled, deform_conv2d, deform_psroi_pool, deform_roi_pool, psroi_pool
 
+align = importlib.import_module("dcdet.ops.deform_roi_pool")
 EMULATOR = ROOT / "tests" / "emulator"
 LIBTORCH = Path(torch.__file__).parent
 SANITISERS = os.environ.get("DCDET_SANITISERS", "").split()
@@ -330,6 +334,23 @@ def test_no_images_and_no_rois(kernels: Kernels) -> None:
     )
     assert grad_first.shape == first.shape
     assert not grad_input.any()
+    none = [one[..., :0] if one.dim() < 3 else one[:, :0] for one in places((5, 6))[:-1]]
+    none.append(torch.zeros(0, 2, 3))
+    assert operators.deform_roi_pool(x, *none).shape == (0, 8, 2, 3)
+    grad_input, grad_start = operators.deform_roi_pool_backward(
+        torch.ones(0, 8, 2, 3), x, *none, True
+    )
+    assert grad_start.shape == (2, 0, 2, 3)
+    assert grad_input.shape == x.shape
+    assert not grad_input.any()
+
+
+def places(size: tuple[int, int], ratio: int = 0) -> tuple[Tensor, ...]:
+    """The geometry that deform_roi_pool's kernels take, of bins on all borders of a map."""
+    rois = torch.tensor([[0.0, -2, -2, 3, 4], [0, 3, 2, 9, 9], [0, 0.5, 0.5, 5.5, 4.5]])
+    offset = torch.randn(3, 2, 2, 3, generator=torch.Generator().manual_seed(0))
+    shape = torch.Size((1, 1, *size))
+    return align._Pooling(shape, rois, offset, [2, 3], 1.0, ratio, 0.1).for_kernel()
 
 
 def among_nans(value: Tensor, by_pixel: bool) -> Tensor:
@@ -372,12 +393,37 @@ def test_nothing_beyond_a_map_is_read(kernels: Kernels, by_pixel: bool) -> None:
     by_hand = x[..., 3:, 3:].mean((2, 3), keepdim=True)
     op_cases.same(pooled(x)[0], by_hand, 1e-5)
 
+    # Samples on the last row and column, which have no corners behind them, and outside.
+    for channels, ratio in ((8, 0), (6, 0), (8, 2)):
+        geometry = [one.to(kernels.device) for one in places((5, 6), ratio)]
+        x = torch.randn(1, channels, 5, 6, device=kernels.device)
+        grad = torch.randn(3, channels, 2, 3, device=kernels.device)
+
+        def aligned(x: Tensor, grad: Tensor, geometry: list[Tensor] = geometry) -> list[Tensor]:
+            backward = kernels.ops.deform_roi_pool_backward
+            output = kernels.ops.deform_roi_pool(x, *geometry)
+            return [output, *backward(grad, x, *geometry, True)]
+
+        found = aligned(among_nans(x, by_pixel), among_nans(grad, by_pixel))
+        assert all(one.isfinite().all() for one in found)
+        compare(found, aligned(x, grad), 1e-5)
+
 
 def test_positions_of_another_dtype_are_refused(kernels: Kernels) -> None:
     values = [v.to(kernels.device) if isinstance(v, Tensor) else v for v in arguments()]
     values[1] = values[1].half()
     with pytest.raises(RuntimeError):
         kernels.ops.deform_conv2d(*values)
+    x, grad = (torch.ones(n, 4, *size).to(kernels.device) for n, size in ((1, (5, 6)), (3, (2, 3))))
+    geometry = [one.to(kernels.device) for one in places((5, 6))]
+    kernels.ops.deform_roi_pool(x, *geometry)
+    for name in ("start", "bin", "count", "divisor"):
+        index = ("images", "start", "bin", "count", "first", "last", "divisor").index(name)
+        wrong = [one.double() if i == index else one for i, one in enumerate(geometry)]
+        with pytest.raises(RuntimeError):
+            kernels.ops.deform_roi_pool(x, *wrong)
+        with pytest.raises(RuntimeError):
+            kernels.ops.deform_roi_pool_backward(grad, x, *wrong, True)
 
 
 def test_too_little_memory_is_told(kernels: Kernels) -> None:
@@ -437,6 +483,152 @@ def test_pooling_of_any_rois(public: None) -> None:
 
 def test_deformable_pooling_of_any_rois(public: None) -> None:
     check_deform_pool()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("channels", [3, 70, 256])
+@pytest.mark.parametrize(("ratio", "moved"), [(0, True), (2, True), (0, False)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_aligned_pooling_equals_the_torch_way(
+    public: None,
+    channels: int,
+    ratio: int,
+    moved: bool,
+    layout: torch.memory_format,
+    dtype: torch.dtype,
+    tolerance: float,
+) -> None:
+    """Whole packs of channels and single ones, more than a team's threads take at once."""
+    found = test_compiled.aligned(channels, layout, ratio, moved, dtype=dtype)
+    with op_cases.way("torch"):
+        expected = test_compiled.aligned(channels, layout, ratio, moved, dtype=dtype)
+    compare(found, expected, tolerance)
+    assert [one.stride() for one in found] == [other.stride() for other in expected]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("channels", [12, 264])
+@pytest.mark.parametrize("moved", [False, True])
+def test_aligned_pooling_in_half(
+    kernels: Kernels, moved: bool, channels: int, dtype: torch.dtype
+) -> None:
+    """Only inputs and results are rounded."""
+    case = partial(test_compiled.aligned, channels, torch.channels_last, 0, moved, whole=True)
+    with op_cases.way("torch"):
+        expected = case()
+    with in_use(Elsewhere(kernels, dtype)):
+        found = case()
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        step, scale = torch.finfo(dtype).eps, float(other.abs().max())
+        torch.testing.assert_close(one, other, rtol=0.51 * step, atol=1e-5 * scale)
+    compare(found[2:], expected[2:], 2e-5)  # positions are not rounded
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_aligned_pooling_takes_half_maps_as_they_are(
+    emulator: Kernels,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    layout: torch.memory_format,
+) -> None:
+    """Maps are half in the kernels, whatever the positions are, and so are the gradients."""
+    monkeypatch.setattr(compiled, "missing", "")
+    x = torch.randn(1, 16, 5, 6).to(dtype).contiguous(memory_format=layout)
+    rois, offset = torch.tensor([[0.0, -1, 1, 6, 5]] * 2), torch.randn(2, 2, 2, 3)
+    mask = torch.rand(2, 1, 2, 3)
+    grad = torch.randn(2, 16, 2, 3).to(dtype)
+    seen: list[torch.dtype] = []
+
+    class Seen(Elsewhere):
+        def __getattr__(self, name: str) -> Any:
+            def call(*values: Any) -> Any:
+                seen.extend(v.dtype for v in values if isinstance(v, Tensor))
+                return getattr(emulator.ops, name)(*values)
+
+            return call
+
+    def run(positions: torch.dtype) -> list[Tensor]:
+        there = [x, offset.to(dtype).to(positions), mask.to(dtype).to(positions)]
+        leaves = [leaf.clone().requires_grad_() for leaf in there]
+        y = deform_roi_pool(leaves[0], rois, leaves[1], (2, 3), mask=leaves[2])
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+    for positions in (dtype, torch.float32):
+        expected = run(positions)
+        with monkeypatch.context() as patch:
+            patch.setattr(compiled, "covers", lambda op, input: True)
+            patch.setattr(compiled, "kernels", Seen(emulator))
+            seen.clear()
+            found = run(positions)
+        assert set(seen) == {dtype, torch.float32, torch.int64}
+        assert seen.count(dtype) == 3  # input; gradient and input
+        for one, other in zip(found, expected, strict=True):
+            assert one.dtype == other.dtype
+        compare([t.float() for t in found], [t.float() for t in expected],
+                2 * torch.finfo(dtype).eps)  # fmt: skip
+
+
+def test_aligned_pooling_of_any_rois(public: None) -> None:
+    check_aligned_pool()
+
+
+@pytest.mark.parametrize("y", [0.25, 0.0, -0.5, -1.0, -1.25, 1.75, 2.0, 2.5, 3.0, 3.25])
+def test_aligned_pooling_at_the_border(public: None, y: float) -> None:
+    """What the kernels of a CPU, and torch, are held to, with the same numbers."""
+    (cases,) = (mark.args[1] for mark in check_border.pytestmark)
+    (case,) = (case for case in cases if case[0] == y)
+    check_border(*case)
+
+
+@pytest.mark.parametrize("channels", [8, 6])
+def test_aligned_pooling_of_unaligned_maps(kernels: Kernels, channels: int) -> None:
+    """Channels-last numbers that are not on a border of 16 bytes."""
+    geometry = [one.to(kernels.device) for one in places((5, 6))]
+
+    def shifted(rows: Tensor) -> Tensor:
+        memory = torch.cat([rows.new_zeros(1), rows.flatten()])
+        return memory[1:].view(rows.shape).permute(0, 3, 1, 2)
+
+    def run(x: Tensor, grad: Tensor) -> list[Tensor]:
+        backward = kernels.ops.deform_roi_pool_backward
+        output = kernels.ops.deform_roi_pool(x, *geometry)
+        return [output, *backward(grad, x, *geometry, True)]
+
+    x = torch.randn(1, 5, 6, channels, device=kernels.device)
+    grad = torch.randn(3, 2, 3, channels, device=kernels.device)
+    plain = run(x.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2))
+    compare(run(shifted(x), grad.permute(0, 3, 1, 2)), plain, 1e-5)
+    compare(run(x.permute(0, 3, 1, 2), shifted(grad)), plain, 1e-5)
+
+
+@pytest.mark.parametrize("value", op_cases.HOSTILE, ids=str)
+@pytest.mark.parametrize("name", ["input", "rois", "offset", "grad"])
+def test_aligned_pooling_of_hostile_numbers(kernels: Kernels, name: str, value: float) -> None:
+    """The same NaNs as on a CPU, where they are, and nothing else is touched."""
+    for channels in (8, 3):
+        generator = torch.Generator().manual_seed(0)
+        rois = torch.tensor([[0.0, -2, -2, 3, 4], [1, 3, 2, 9, 9], [0, 0.5, 0.5, 5.5, 4.5]])
+        values = {
+            "input": torch.randn(2, channels, 5, 6, generator=generator).double(),
+            "rois": rois.double(),
+            "offset": torch.randn(3, 2, 2, 3, generator=generator).double(),
+            "grad": torch.randn(3, channels, 2, 3, generator=generator).double(),
+        }
+        values[name].view(-1)[8] = value  # not a RoI's image
+
+        def run(values: dict[str, Tensor] = values) -> list[Tensor]:
+            leaves = [values["input"].clone().requires_grad_(),
+                      values["offset"].clone().requires_grad_()]  # fmt: skip
+            y = deform_roi_pool(leaves[0], values["rois"], leaves[1], (2, 3))
+            return [y.detach(), *torch.autograd.grad(y, leaves, values["grad"])]
+
+        with op_cases.way("compiled"):
+            expected = run()
+        with in_use(Elsewhere(kernels)):
+            found = run()
+        for one, other in zip(found, expected, strict=True):
+            op_cases.same(one, other, 1e-9)
 
 
 # Which way is taken
@@ -542,7 +734,7 @@ def test_nvcc_takes_the_kernels(tmp_path: Path) -> None:
         f"for path in ({str(compiled.LIBRARY)!r}, {str(library)!r}): "
         "torch.ops.load_library(path)\n"
         f"assert torch.ops.dcdet_CUDA.version() == {compiled.VERSION}\n"
-        "for name in ('deform_conv2d', 'psroi_pool', 'deform_psroi_pool'):\n"
+        "for name in ('deform_conv2d', 'psroi_pool', 'deform_psroi_pool', 'deform_roi_pool'):\n"
         "    for op in (name, name + '_backward'):\n"
         "        assert torch._C._dispatch_has_kernel_for_dispatch_key('dcdet_C::' + op, 'CUDA')\n"
     )
@@ -568,6 +760,7 @@ def calls(dtype: torch.dtype) -> list[tuple[Call, list[Tensor], tuple[Any, ...]]
     high = low + torch.rand(60, 2, generator=generator) * 200
     rois = torch.cat([torch.arange(60)[:, None] % 2, low, high], 1).to(positions)
     score, trans = random(2, 8 * 9, 19, 21), random(60, 4, 3, 3, dtype=positions)
+    shifts = random(60, 2, 7, 7, dtype=positions)
 
     def conv(x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor, *border: Any) -> Tensor:
         return deform_conv2d(x, offset, weight, None, 1, 1, 1, mask, *border)
@@ -575,11 +768,16 @@ def calls(dtype: torch.dtype) -> list[tuple[Call, list[Tensor], tuple[Any, ...]]
     def deform_pool(x: Tensor, trans: Tensor, rois: Tensor, *geometry: Any) -> Tensor:
         return deform_psroi_pool(x, rois, trans, *geometry)
 
+    def aligned_pool(x: Tensor, offset: Tensor, rois: Tensor, *geometry: Any) -> Tensor:
+        return deform_roi_pool(x, rois, offset, *geometry)
+
     return [
         (conv, [x, offset, weight, mask], ("zero",)),
         (conv, [x, offset, weight, mask], ("original",)),
         (psroi_pool, [score], (rois, 1 / 16, 8, 3, 3)),
         (deform_pool, [score, trans], (rois, 1 / 16, 8, 3, 3, 3, 4, 0.1)),
+        (aligned_pool, [x, shifts], (rois, 7, 1 / 16)),
+        (aligned_pool, [score, shifts], (rois, 7, 1 / 16, 2)),
     ]
 
 

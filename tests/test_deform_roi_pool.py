@@ -376,12 +376,17 @@ def test_operators_refuse_what_the_function_refuses(fake: bool) -> None:
         if not fake:
             forward(input, rois, offset, size, 1.0, 0, 0.1)
             backward(grad, input, rois, offset, size, 1.0, 0, 0.1)
+            half = forward(input.half(), rois, offset, size, 1.0, 0, 0.1)
+            grads = backward(half, input.half(), rois, offset, size, 1.0, 0, 0.1)
+            assert [t.dtype for t in (half, *grads)] == [torch.half, torch.half, torch.float]
         for wrong in (
             (input[:, :0], rois, offset, size, 1.0, 0),
             (input, rois[:, :4], offset, size, 1.0, 0),
             (input, rois.double(), offset, size, 1.0, 0),
             (input, rois, offset[:1], size, 1.0, 0),
             (input, rois, offset.half(), size, 1.0, 0),
+            (input.half(), rois.half(), offset, size, 1.0, 0),
+            (input.half(), rois, offset.half(), size, 1.0, 0),
             (input, rois, offset, [2, 3], 1.0, 0),
             (input, rois, None, [3], 1.0, 0),
             (input, rois, offset, size, 0.0, 0),
@@ -390,7 +395,7 @@ def test_operators_refuse_what_the_function_refuses(fake: bool) -> None:
             with pytest.raises((ValueError, TypeError), match=r"deform_roi_pool: .* must be"):
                 forward(*wrong, 0.1)
             with pytest.raises((ValueError, TypeError), match=r"deform_roi_pool: .* must be"):
-                backward(grad, *wrong, 0.1)
+                backward(grad.to(wrong[0].dtype), *wrong, 0.1)
         for wrong in (grad[:1], grad[..., :1], grad.double()):
             with pytest.raises((ValueError, TypeError), match="deform_roi_pool: grad must be"):
                 backward(wrong, input, rois, offset, size, 1.0, 0, 0.1)

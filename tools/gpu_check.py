@@ -51,7 +51,7 @@ print(json.dumps({"kernels": compiled.describe(), "cuda_dtypes": covers}))
 # Every op on odd sizes, several groups, both borders, and positions that are far out or no numbers.
 ALL_OPS = """
 import torch
-from dcdet.ops import deform_conv2d, deform_psroi_pool, psroi_pool
+from dcdet.ops import deform_conv2d, deform_psroi_pool, deform_roi_pool, psroi_pool
 torch.manual_seed(0)
 bad = [float("nan"), float("inf"), -float("inf"), 1e30, -1e30, 2.0**31, -2.0**31]
 
@@ -84,6 +84,12 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     for classes in (1, 3):
         trans = random(17, 2 * classes, 5, 5, dtype=dtype, hostile=True)
         run(deform_psroi_pool(x, rois, trans, 1 / 16, 6, 3, 5, 5, 4, 0.1), x, trans)
+    for channels, ratio in ((24, 0), (13, 0), (24, 2)):
+        x, mask = random(2, channels, 11, 9, dtype=dtype), random(17, 1, 5, 3, dtype=dtype)
+        run(deform_roi_pool(x, rois, None, (5, 3), 1 / 16, ratio), x)
+        offset = random(17, 2, 5, 3, dtype=dtype, hostile=True)
+        y = deform_roi_pool(x, rois, offset, (5, 3), 1 / 16, ratio, mask=mask)
+        run(y, x, offset, mask)
 print("all ops ran")
 """
 

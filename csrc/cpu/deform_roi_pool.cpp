@@ -39,17 +39,10 @@ struct Line {
   void find(T start, T bin, T count, int64_t first, int64_t last, int64_t length) {
     size = 0;
     for (int64_t i = first; i < last; ++i) {
-      const T position = start + (T(i) + T(0.5)) * bin / count;
-      if (!(position >= T(-1) && position <= T(length))) continue;
-      const T moved = position > T(0) ? position : T(0);
-      const int64_t low = int64_t(moved);
-      if (low >= length - 1) {
-        add({length - 1, T(1), T(0), T(0)});
-      } else {
-        const T fraction = moved - T(low);
-        add({low, 1 - fraction, T(-1), T(low + 1) - position});
-        add({low + 1, fraction, T(1), position - T(low)});
-      }
+      const AlignedAxis<T> axis = aligned_axis(middle_position(start, bin, count, i), length);
+      if (!axis.kept) continue;
+      add({axis.low, axis.weight[0], axis.last ? T(0) : T(-1), axis.unmoved[0]});
+      if (!axis.last) add({axis.low + 1, axis.weight[1], T(1), axis.unmoved[1]});
     }
   }
 

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 from torchvision.ops import deform_conv2d as torchvision_deform_conv2d
-from torchvision.ops import ps_roi_align, ps_roi_pool
+from torchvision.ops import ps_roi_align, ps_roi_pool, roi_align
 
 from dcdet.engine.runtime import (
     first_line,
@@ -36,7 +36,13 @@ from dcdet.engine.runtime import (
     strict_json,
     write_text,
 )
-from dcdet.ops import compiled, deform_conv2d, deform_psroi_pool, psroi_pool
+from dcdet.ops import (
+    compiled,
+    deform_conv2d,
+    deform_psroi_pool,
+    deform_roi_pool,
+    psroi_pool,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WAYS = ("ours", "plain", "torchvision")
@@ -190,12 +196,70 @@ class Pool:
         }
 
     def _rois(self) -> Tensor:
-        """With sides from 32 pixels to the image's, small ones as frequent as large ones."""
-        random = torch.rand(2, ROIS, 2, generator=torch.Generator().manual_seed(0))
+        """With sides from 32 pixels to the image's."""
         image = torch.tensor([self.width, self.height]) / SCALE - 1
-        side = 32 * (image / 32) ** random[0]
-        corner = random[1] * (image - side)
-        return torch.cat([torch.zeros(ROIS, 1), corner, corner + side], 1)
+        return _rois(ROIS, image, 32, image)
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """mmdetection's deformable pooling of RoIs on an FPN's finest map, to GRID x GRID bins."""
+
+    channels: int
+    height: int
+    width: int
+    rois: int = 512
+    dtype: str = "fp32"
+    scale: ClassVar[float] = 1 / 4
+    op: ClassVar[str] = "deform_roi_pool"
+    plain: ClassVar[str] = "torch"
+    nearest: ClassVar[str] = "roi_align"  # the same function of offsets that are 0
+    plain_operands: ClassVar[int] = 1
+
+    @property
+    def label(self) -> str:
+        words = [f"{self.rois} {self.channels}x{self.height}x{self.width}"]
+        return " ".join(words + [self.dtype] * (self.dtype != "fp32"))
+
+    @property
+    def flops(self) -> float:
+        """Of a forward pass: four products and sums a sample."""
+        _, x1, y1, x2, y2 = (self._rois() * self.scale).unbind(1)
+        samples = ((x2 - x1) / GRID).ceil() * ((y2 - y1) / GRID).ceil()
+        return 8.0 * float(samples.sum()) * GRID**2 * self.channels
+
+    def calls(self, device: torch.device) -> dict[str, Call]:
+        random = _Random(device, DTYPES[self.dtype])
+        x = random.channels_last(1, self.channels, self.height, self.width)
+        grad = random(self.rois, self.channels, GRID, GRID)
+        rois = self._rois().to(device)
+        (first,) = theirs = _leaves(x.float().contiguous())
+        x, offset = ours = _leaves(x, random(self.rois, 2, GRID, GRID))
+
+        def pool() -> Tensor:
+            return deform_roi_pool(x, rois, offset, GRID, self.scale)
+
+        def nearest() -> Tensor:
+            return roi_align(first, rois, GRID, self.scale, 0, aligned=True)
+
+        return {
+            "ours": Call(pool, ours, grad),
+            "plain": Call(pool, ours, grad, on_torch=True),
+            "torchvision": Call(nearest, theirs, grad.float()),
+        }
+
+    def _rois(self) -> Tensor:
+        """With sides from 16 to 112 pixels: larger ones go to the coarser maps."""
+        image = torch.tensor([self.width, self.height]) / self.scale - 1
+        return _rois(self.rois, image, 16, image.clamp(max=112))
+
+
+def _rois(count: int, image: Tensor, smallest: float, largest: Tensor) -> Tensor:
+    """RoIs anywhere on an image, small ones as frequent as large ones."""
+    random = torch.rand(2, count, 2, generator=torch.Generator().manual_seed(0))
+    side = smallest * (largest / smallest) ** random[0]
+    corner = random[1] * (image - side)
+    return torch.cat([torch.zeros(count, 1), corner, corner + side], 1)
 
 
 class _Random:
@@ -229,7 +293,7 @@ def _without_kernels() -> Iterator[None]:
         compiled.covers = covers
 
 
-Case = Conv | Pool
+Case = Conv | Pool | Aligned
 
 # res3 to res5 of a ResNet-101 on images of 600 x 1000 and 800 x 1333 pixels; the dilated ones are
 # R-FCN's res5.
@@ -261,6 +325,8 @@ CASES: tuple[Case, ...] = (
     Pool("deform_psroi_pool", 8, 50, 84, shifts=1),
     Pool("deform_psroi_pool", 42, 38, 63),  # the shifts of 21 classes are pooled like this
     Pool("deform_psroi_pool", 21, 38, 63, shifts=21, dtype="bf16"),
+    Aligned(256, 200, 336),
+    Aligned(256, 200, 336, dtype="bf16"),
 )
 
 QUICK: tuple[Case, ...] = (
@@ -269,6 +335,7 @@ QUICK: tuple[Case, ...] = (
     Conv(64, 20, 24, batch=2, dtype="bf16"),
     Pool("psroi_pool", 8, 20, 24),
     Pool("deform_psroi_pool", 8, 20, 24, shifts=1),
+    Aligned(32, 20, 24, rois=64),
 )
 
 

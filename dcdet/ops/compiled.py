@@ -67,8 +67,6 @@ def covers(op: str, input: Tensor) -> bool:
     if missing or input.dtype not in FLOATS:
         return False
     if input.device.type == "cuda":
-        if op == "deform_roi_pool":
-            return False
         return not missing_for_cuda and not torch.are_deterministic_algorithms_enabled()
     if input.device.type != "cpu":
         return False

@@ -55,8 +55,8 @@ def deform_roi_pool(
     Shapes: input (N, C, H, W), rois (R, 5), offset (R, 2, ph, pw) or None for none, output_size
     ph = pw or (ph, pw), mask (R, 1, ph, pw) or None for ones -> (R, C, ph, pw) in the input's
     dtype. `spatial_scale` is map pixels per image pixel. RoIs, offset and mask have the input's
-    dtype or float32; half types are computed in float32. Raises TypeError and ValueError, naming
-    the argument.
+    dtype or float32; half types are computed in float32, and rounded once more before a mask where
+    a kernel takes them. Raises TypeError and ValueError, naming the argument.
     """
     bins = checks.pair(OP, "output_size", output_size, 1)
     geometry = (bins, spatial_scale, sampling_ratio, gamma)
@@ -65,9 +65,14 @@ def deform_roi_pool(
         checks.alike(OP, "mask", mask, 4, input, torch.float32)
         checks.shape(OP, "mask", mask, (rois.shape[0], 1, *bins), "(R, 1, ph, pw)")
     dtype = checks.compute_dtype(input)
-    tensors = [None if t is None else t.to(dtype) for t in (input, rois, offset)]
     output: Tensor = _deform_roi_pool(
-        *tensors, bins, float(spatial_scale), sampling_ratio, float(gamma)
+        input if compiled.covers(OP, input) else input.to(dtype),
+        rois.to(dtype),
+        None if offset is None else offset.to(dtype),
+        bins,
+        float(spatial_scale),
+        sampling_ratio,
+        float(gamma),
     )
     if mask is not None:
         output = output * mask.to(dtype)
@@ -88,11 +93,10 @@ def _check(
 ) -> None:
     """What the public function, the operator, its backward and its fake kernel all ask for.
 
-    The operator is given all tensors in one dtype.
+    The operator is given rois and offset in the dtype that the input is computed in.
     """
-    others = () if operator else (torch.float32,)
     checks.floating(OP, "input", input, 4)
-    checks.alike(OP, "rois", rois, 2, input, *others)
+    checks.alike(OP, "rois", rois, 2, input, torch.float32)
     checks.shape(OP, "rois", rois, (rois.shape[0], 5), "(R, 5)")
     if min(input.shape[1:]) < 1:
         wanted = "of at least 1 channel and pixel"
@@ -103,8 +107,12 @@ def _check(
     checks.integer(OP, "sampling_ratio", ratio, 0)
     checks.number(OP, "gamma", gamma)
     if offset is not None:
-        checks.alike(OP, "offset", offset, 4, input, *others)
+        checks.alike(OP, "offset", offset, 4, input, torch.float32)
         checks.shape(OP, "offset", offset, (rois.shape[0], 2, *bins), "(R, 2, ph, pw)")
+    dtype = checks.compute_dtype(input)
+    for name, tensor in (("rois", rois), ("offset", offset)) if operator else ():
+        if tensor is not None and tensor.dtype != dtype:
+            raise checks.wrong_type(OP, name, str(dtype), tensor.dtype)
     if grad is not None:
         checks.alike(OP, "grad", grad, 4, input)
         wanted_shape = (rois.shape[0], input.shape[1], *bins)
@@ -293,8 +301,13 @@ def _deform_roi_pool(
     gamma: float,
 ) -> Tensor:
     _check(input, rois, offset, output_size, scale, ratio, gamma)
+    covered = compiled.covers(OP, input)
+    if input.dtype != rois.dtype and not covered:
+        wide = input.to(rois.dtype)
+        pooled = _deform_roi_pool(wide, rois, offset, output_size, scale, ratio, gamma)
+        return pooled.to(input.dtype)
     pooling = _Pooling(input.shape, rois, offset, output_size, scale, ratio, gamma)
-    if compiled.covers(OP, input):
+    if covered:
         return compiled.kernels.deform_roi_pool(input, *pooling.for_kernel())
     return _Table(input, pooling).pool()
 
@@ -312,8 +325,14 @@ def _deform_roi_pool_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of input, in channels_last memory, and offset (empty without one)."""
     _check(input, rois, offset, output_size, scale, ratio, gamma, grad=grad)
+    covered = compiled.covers(OP, input)
+    if input.dtype != rois.dtype and not covered:  # the kernels were there in the forward pass
+        wide = (grad.to(rois.dtype), input.to(rois.dtype))
+        geometry = (output_size, scale, ratio, gamma)
+        grads = _deform_roi_pool_backward(*wide, rois, offset, *geometry)
+        return grads[0].to(input.dtype), grads[1]
     pooling = _Pooling(input.shape, rois, offset, output_size, scale, ratio, gamma)
-    if compiled.covers(OP, input):
+    if covered:
         backward = compiled.kernels.deform_roi_pool_backward
         moved = offset is not None
         grad_input, grad_start = backward(grad, input, *pooling.for_kernel(), moved)
@@ -321,7 +340,7 @@ def _deform_roi_pool_backward(
         grad_input, grad_start = _Table(input, pooling).backward(grad)
         grad_input = grad_input.contiguous(memory_format=torch.channels_last)
     if offset is None:
-        return grad_input, grad.new_empty(0)
+        return grad_input, rois.new_empty(0)
     return grad_input, pooling.grad_offset(grad_start).contiguous()
 
 
@@ -352,7 +371,7 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     _check(input, rois, offset, output_size, scale, ratio, gamma, grad=grad)
     grad_input = torch.empty_like(input, memory_format=torch.channels_last)
-    return grad_input, grad.new_empty(0 if offset is None else offset.shape)
+    return grad_input, rois.new_empty(0 if offset is None else offset.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
