@@ -539,12 +539,15 @@ def test_aligned_pooling_takes_half_maps_as_they_are(
     mask = torch.rand(2, 1, 2, 3)
     grad = torch.randn(2, 16, 2, 3).to(dtype)
     seen: list[torch.dtype] = []
+    made: list[torch.dtype] = []
 
     class Seen(Elsewhere):
         def __getattr__(self, name: str) -> Any:
             def call(*values: Any) -> Any:
                 seen.extend(v.dtype for v in values if isinstance(v, Tensor))
-                return getattr(emulator.ops, name)(*values)
+                found = getattr(emulator.ops, name)(*values)
+                made.extend(t.dtype for t in ([found] if isinstance(found, Tensor) else found))
+                return found
 
             return call
 
@@ -560,9 +563,11 @@ def test_aligned_pooling_takes_half_maps_as_they_are(
             patch.setattr(compiled, "covers", lambda op, input: True)
             patch.setattr(compiled, "kernels", Seen(emulator))
             seen.clear()
+            made.clear()
             found = run(positions)
         assert set(seen) == {dtype, torch.float32, torch.int64}
         assert seen.count(dtype) == 3  # input; gradient and input
+        assert made == [dtype, dtype, torch.float32]
         for one, other in zip(found, expected, strict=True):
             assert one.dtype == other.dtype
         compare([t.float() for t in found], [t.float() for t in expected],
