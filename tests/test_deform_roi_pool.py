@@ -205,8 +205,9 @@ def test_rois_without_area(sign: int) -> None:
     """They have no samples but those that are asked for."""
     ramp = torch.arange(8.0).expand(1, 1, 8, 8)
     rois = torch.tensor([[0.0, 4, 4, 4 + sign, 4 + sign]])
-    results = run(deform_roi_pool, ramp, rois, torch.zeros(1, 2, 2, 2), 2)
-    assert not any(result.any() for result in results)
+    for shift in (0.0, torch.inf):
+        results = run(deform_roi_pool, ramp, rois, torch.full((1, 2, 2, 2), shift), 2)
+        assert not any(result.any() for result in results)
     middle = deform_roi_pool(ramp, rois, None, 1, sampling_ratio=2)
     assert middle.item() == 3.5 + sign / 2
 
@@ -215,7 +216,7 @@ def test_rounds_up_in_float32() -> None:
     """As mmcv does: a bin of 1 + 1e-9 pixels has one sample, not two."""
     ramp = torch.tensor([0.0, 1, 4, 9]).double().view(1, 1, 1, 4).expand(1, 1, 4, 4)
     for length, value in ((1 + 1e-9, 1.0), (1 + 1e-6, 1.25)):
-        rois = torch.tensor([[0.0, 1, 1, 1 + length, 2]]).double()
+        rois = torch.tensor([[0.0, 1, 1, 1 + length, 2]], dtype=torch.float64)
         assert abs(deform_roi_pool(ramp, rois, None, 1).item() - value) < 1e-5
 
 

@@ -239,14 +239,12 @@ class _Table:
 
     def _corners(self, axis: int, run: Tensor, samples: int, length: int) -> _Corners:
         pooling = self.pooling
-        start, first, last = (
-            t[axis].flatten()[run, None] for t in (pooling.start, pooling.first, pooling.last)
-        )
+        start, first = (t[axis].flatten()[run, None] for t in (pooling.start, pooling.first))
         roi = run // pooling.divisor[0].numel()
         bin, count = pooling.bin[axis, roi, None], pooling.count[axis, roi, None]
         number = first + torch.arange(samples, device=run.device)
         position = start + (number.to(start.dtype) + 0.5) * bin / count
-        inside = (position >= -1) & (position <= length) & (number < last)
+        inside = (position >= -1) & (position <= length)
         moved = position.clamp(0, length - 1)
         low = moved.floor()
         high = (low + 1).clamp(max=length - 1)
