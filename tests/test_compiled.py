@@ -220,15 +220,21 @@ def test_more_numbers_than_32_bits_count() -> None:
 
 
 def pooled(
-    classes: int | None, layout: torch.memory_format, group: int, whole: bool = False
+    classes: int | None,
+    layout: torch.memory_format,
+    group: int,
+    depth: int | None = None,
+    whole: bool = False,
 ) -> list[Tensor]:
     """Outputs and gradients of the pooling ops; classes None is the plain one.
 
     `whole`: of whole numbers, which half types have, too.
     """
-    depth = 54 // group**2
+    depth = depth or 54 // group**2
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 6 * 9, 20, 30, generator=generator).contiguous(memory_format=layout)
+    x = torch.randn(2, depth * group**2, 20, 30, generator=generator).contiguous(
+        memory_format=layout
+    )
     x = (x * 50).round() if whole else x
     low = torch.rand(40, 2, generator=generator) * 400 - 40
     high = low + torch.rand(40, 2, generator=generator) * 1200  # samples up to 4 cells apart
@@ -254,16 +260,36 @@ def pooled(
 def test_pooling_equals_the_torch_way(
     classes: int | None, group: int, layout: torch.memory_format
 ) -> None:
+    check_pooling(classes, layout, group)
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(("group", "depth"), [(1, 32), (1, 1), (3, 1), (7, 3), (4, 17)])
+@pytest.mark.parametrize("classes", [None, 1])
+def test_pooling_of_other_depths_equals_the_torch_way(
+    classes: int | None, group: int, depth: int, layout: torch.memory_format
+) -> None:
+    check_pooling(classes, layout, group, depth)
+
+
+def check_pooling(
+    classes: int | None, layout: torch.memory_format, group: int, depth: int | None = None
+) -> None:
+    """The kernels' results are torch's, and have the same bits with more threads."""
     with op_cases.way("torch"):
-        expected = pooled(classes, layout, group)
+        expected = pooled(classes, layout, group, depth)
     before = torch.get_num_threads()
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            found = pooled(classes, layout, group)
+            found = pooled(classes, layout, group, depth)
             for one, other in zip(found, expected, strict=True):
                 op_cases.same(one, other, 1e-4)
-                assert one.stride() == other.stride()
+                for memory in (torch.contiguous_format, torch.channels_last):
+                    assert one.is_contiguous(memory_format=memory) == other.is_contiguous(
+                        memory_format=memory
+                    )
             if threads == 1:
                 first = found
         for one, other in zip(found, first, strict=True):

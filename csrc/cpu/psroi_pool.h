@@ -10,6 +10,17 @@ namespace dcdet {
 // Bins that are worked on side by side, and columns of a bin that are written side by side.
 constexpr int64_t LANES = 16, ACROSS = 8;
 
+// Letters: N images of D * g * g channels, R RoIs, K classes, p x p bins.
+struct PoolShape {
+  int64_t images, channels, height, width, group_size, rois, classes, pooled;
+
+  int64_t groups() const { return group_size * group_size; }
+  int64_t depth() const { return channels / groups(); }
+  int64_t of_class() const { return depth() / classes; }  // output channels
+  int64_t pixels() const { return height * width; }
+  int64_t places() const { return pooled * pooled; }
+};
+
 // What LANES bins read of one plane. Along each axis a bin reads `count` cells, each with a weight;
 // a cell of weight 0 is not read and may lie anywhere. A row's cell is where the row begins.
 //
@@ -50,16 +61,39 @@ struct Samples {
   int64_t count, length, stride;
 };
 
+// A cell along an axis that a bin reads. `slope` is that of the weight, when the bin moves.
+template <typename T>
+struct Reach {
+  int32_t cell;
+  T weight, slope;
+};
+
+// What a bin reads of one row of pixels: some columns of its group. `group` is where the group's
+// lanes begin in a pixel, `place` where the bin's begin.
+template <typename T>
+struct RowBin {
+  const Reach<T>* across;
+  int64_t place;
+  int32_t group, columns;
+  T weight, slope;
+};
+
 // One instruction set's kernels; see psroi_pool_kernel.h.
 template <typename T>
 struct PoolKernels {
-  void (*list_cells)(const int32_t*, const int32_t*, int64_t, int64_t, Entry<T>*);
   int64_t (*find_entries)(const Samples<T>&, int32_t*, T*, Entry<T>*, T*);
   void (*line_up)(Block<T>&);
   void (*pool)(const Block<T>&, const T*, T*);
   void (*spread)(const Block<T>&, const T*, T*);
   void (*slopes)(const Block<T>&, const T*, T*, T*);
   void (*turn)(const T*, int64_t, int64_t, int64_t, T*, int64_t);
+  void (*into_lanes)(const T*, int64_t, int64_t, int64_t, T*, int64_t);
+  void (*from_lanes)(const T*, int64_t, int64_t, int64_t, T*, int64_t);
+  void (*sum_row)(const RowBin<T>*, int64_t, const T*, int64_t, T*);
+  void (*spread_row)(const RowBin<T>*, int64_t, const T*, T*, int64_t);
+  void (*slope_row)(const RowBin<T>*, int64_t, const T*, int64_t, T*, T*);
+  void (*divide)(T*, const T*, int64_t, bool);
+  T (*dot)(const T*, const T*);
 };
 
 }  // namespace dcdet

@@ -1,6 +1,6 @@
 // The position-sensitive RoI poolings for one instruction set; see instruction_sets.h.
 //
-// A vector holds one number for each of LANES bins.
+// A vector holds one number for each of LANES bins, or of LANES output channels of one bin.
 
 #include "turn.h"
 
@@ -213,22 +213,132 @@ void slopes(const Block<T>& block, const T* plane, T* down, T* right) {
   lanes(right) = along_x;
 }
 
-// Cells first, ..., first + count - 1, with weight 1.
+// target (columns, LANES) = source (rows, columns), turned; lanes from `rows` on are 0.
 template <typename T>
-void list_cells(const int32_t* first, const int32_t* count, int64_t stride, int64_t most,
-                Entry<T>* entries) {
-  const Vector<T> zero = {};
-  for (int32_t e = 0; e < most; ++e) {
-    const Cells32 there = lanes(count) > e;
-    lanes(entries[e].cell) = there & ((lanes(first) + e) * int32_t(stride));
-    lanes(entries[e].weight) =
-        __builtin_convertvector(there, decltype(zero > 0)) ? zero + 1 : zero;
+void into_lanes(const T* source, int64_t source_step, int64_t rows, int64_t columns, T* target,
+                int64_t target_step) {
+#if VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    for (int64_t at = 0; at < columns; at += 16) {
+      const int64_t count = columns - at < 16 ? columns - at : 16;
+      if (count == 1) {  // 49 columns are three squares and one more
+        Vector<T> column = {};
+        for (int64_t l = 0; l < rows; ++l) column[l] = source[l * source_step + at];
+        lanes(target + at * target_step) = column;
+        break;
+      }
+      const __mmask16 there = __mmask16((1u << count) - 1);
+      Row16 square[16];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i)
+        square[i] = i < rows ? (Row16)_mm512_maskz_loadu_ps(there, source + i * source_step + at)
+                             : Row16{};
+      turn_rows(square);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i)
+        if (i < count) lanes(target + (at + i) * target_step) = square[i];
+    }
+    return;
   }
+#endif
+  for (int64_t column = 0; column < columns; ++column) {
+    T* numbers = target + column * target_step;
+    for (int64_t l = 0; l < LANES; ++l)
+      numbers[l] = l < rows ? source[l * source_step + column] : T(0);
+  }
+}
+
+// target (count, rows) = the first `count` lanes of source (rows, LANES), turned.
+template <typename T>
+void from_lanes(const T* source, int64_t source_step, int64_t rows, int64_t count, T* target,
+                int64_t target_step) {
+#if VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {
+    for (int64_t at = 0; at < rows; at += 16) {
+      const int64_t wide = rows - at < 16 ? rows - at : 16;
+      const __mmask16 there = __mmask16((1u << wide) - 1);
+      Row16 square[16];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i)
+        square[i] = i < wide ? (Row16)lanes(source + (at + i) * source_step) : Row16{};
+      turn_rows(square);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i)
+        if (i < count)
+          _mm512_mask_storeu_ps(target + i * target_step + at, there, (__m512)square[i]);
+    }
+    return;
+  }
+#endif
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t l = 0; l < count; ++l)
+      target[l * target_step + row] = source[row * source_step + l];
+}
+
+// sums += what bins read of a row, whose pixels lie `step` apart.
+template <typename T>
+void sum_row(const RowBin<T>* bins, int64_t count, const T* row, int64_t step, T* sums) {
+  for (int64_t i = 0; i < count; ++i) {
+    const RowBin<T>& bin = bins[i];
+    Vector<T> sum = {};
+    for (int64_t e = 0; e < bin.columns; ++e)
+      sum += bin.across[e].weight * lanes(row + bin.across[e].cell * step + bin.group);
+    lanes(sums + bin.place) += bin.weight * sum;
+  }
+}
+
+// The row's gradient, from the bins' shares of theirs.
+template <typename T>
+void spread_row(const RowBin<T>* bins, int64_t count, const T* shares, T* row, int64_t step) {
+  for (int64_t i = 0; i < count; ++i) {
+    const RowBin<T>& bin = bins[i];
+    const Vector<T> share = bin.weight * lanes(shares + bin.place);
+    for (int64_t e = 0; e < bin.columns; ++e)
+      lanes(row + bin.across[e].cell * step + bin.group) += bin.across[e].weight * share;
+  }
+}
+
+// How much the bins' sums grow when they move down and right, as far as the row counts.
+template <typename T>
+void slope_row(const RowBin<T>* bins, int64_t count, const T* row, int64_t step, T* down,
+               T* right) {
+  for (int64_t i = 0; i < count; ++i) {
+    const RowBin<T>& bin = bins[i];
+    Vector<T> weighted = {}, sloped = {};
+    for (int64_t e = 0; e < bin.columns; ++e) {
+      const Vector<T> numbers = lanes(row + bin.across[e].cell * step + bin.group);
+      weighted += bin.across[e].weight * numbers;
+      sloped += bin.across[e].slope * numbers;
+    }
+    lanes(down + bin.place) += bin.slope * weighted;
+    lanes(right + bin.place) += bin.weight * sloped;
+  }
+}
+
+// The lanes of bins over each bin's divisor; with `zeros_stay` 0 stays 0, whatever the divisor is.
+template <typename T>
+void divide(T* numbers, const T* divisors, int64_t bins, bool zeros_stay) {
+  const Vector<T> zero = {};
+  for (int64_t bin = 0; bin < bins; ++bin) {
+    Vector<T>& own = lanes(numbers + bin * LANES);
+    const Vector<T> divided = own / divisors[bin];
+    own = zeros_stay ? (own == zero ? zero : divided) : divided;
+  }
+}
+
+// The sum of the products of two bins' lanes, one after another.
+template <typename T>
+T dot(const T* a, const T* b) {
+  T sum = 0;
+  for (int64_t l = 0; l < LANES; ++l)
+    if (b[l] != 0) sum += a[l] * b[l];
+  return sum;
 }
 
 template <typename T>
 const PoolKernels<T>& kernels() {
-  static const PoolKernels<T> kernels = {list_cells<T>, find_entries<T>, line_up<T>, pool<T>,
-                                         spread<T>,     slopes<T>,       turn<T>};
+  static const PoolKernels<T> kernels = {
+      find_entries<T>, line_up<T>, pool<T>,       spread<T>,    slopes<T>, turn<T>, into_lanes<T>,
+      from_lanes<T>,   sum_row<T>, spread_row<T>, slope_row<T>, divide<T>, dot<T>};
   return kernels;
 }
