@@ -70,6 +70,8 @@ def roles() -> dict[str, dict[str, type]]:
     from dcdet.datasets.voc import VOC
     from dcdet.evaluators.coco import COCOEvaluator
     from dcdet.evaluators.voc import VOCEvaluator
+    from dcdet.models.box_head import BoxHead
+    from dcdet.models.fpn import FPN
     from dcdet.models.resnet import ResNet
     from dcdet.models.rfcn_head import RFCNHead
     from dcdet.models.rpn import RPNHead
@@ -78,9 +80,9 @@ def roles() -> dict[str, dict[str, type]]:
     return {
         "model": {"TwoStageDetector": TwoStageDetector},
         "backbone": {"ResNet": ResNet},
-        "neck": {},
+        "neck": {"FPN": FPN},
         "rpn": {"RPNHead": RPNHead},
-        "roi_head": {"RFCNHead": RFCNHead},
+        "roi_head": {"RFCNHead": RFCNHead, "BoxHead": BoxHead},
         "dataset": {"VOC": VOC, "COCO": COCO, "Shapes": Shapes},
         "evaluator": {"VOCEvaluator": VOCEvaluator, "COCOEvaluator": COCOEvaluator},
     }

@@ -23,25 +23,28 @@ def _build_two_stage(node: Any) -> nn.Module:
     backbone = build(node.backbone, "backbone")
     maps, neck = backbone, None
     if node.get("neck") is not None:
-        maps = neck = build(node.neck, "neck", in_channels=backbone.channels)
-    rpn = build(
-        node.rpn, "rpn", pixels=node.pixels,
-        in_channels=_of_map(maps.channels, node.rpn, "in_features")[0],
-        strides=_of_map(maps.strides, node.rpn, "in_features"),
-    )  # fmt: skip
+        context = {"in_channels": backbone.channels, "strides": backbone.strides}
+        maps = neck = build(node.neck, "neck", **context)
+    rpn = build(node.rpn, "rpn", pixels=node.pixels, **_of_maps(maps, node.rpn))
     roi_head = build(
-        node.roi_head, "roi_head", num_classes=node.num_classes,
-        in_channels=_of_map(maps.channels, node.roi_head, "in_feature")[0],
-        stride=_of_map(maps.strides, node.roi_head, "in_feature")[0],
-    )  # fmt: skip
+        node.roi_head, "roi_head", num_classes=node.num_classes, **_of_maps(maps, node.roi_head)
+    )
     model = build(node, "model", backbone=backbone, neck=neck, rpn=rpn, roi_head=roi_head)
     return model.to(memory_format=torch.channels_last)
 
 
-def _of_map(values: dict[str, int], node: Any, key: str) -> list[int]:
-    """What `values` says of the maps that `node` reads."""
-    names = [node[key]] if isinstance(node[key], str) else node[key]
+def _of_maps(maps: Any, node: Any) -> dict[str, Any]:
+    """Channels and strides of the maps that `node` reads: one in_feature or several in_features."""
+    key = "in_features" if "in_features" in node else "in_feature"
+    names = node[key] if key == "in_features" else [node[key]]
     for name in names:
-        if name not in values:
-            raise UserError(node.where(key), f"there is no map '{name}'", suggest(name, values))
-    return [values[name] for name in names]
+        if name not in maps.channels:
+            raise UserError(
+                node.where(key), f"there is no map '{name}'", suggest(name, maps.channels)
+            )
+    channels = [maps.channels[name] for name in names]
+    if len(set(channels)) > 1:
+        what = f"maps of one kind are needed, {', '.join(names)} have {channels} channels"
+        raise UserError(node.where(key), what)
+    strides = [maps.strides[name] for name in names]
+    return {"in_channels": channels[0], "stride": strides[0], "strides": strides}

@@ -6,13 +6,34 @@ N anchors or RoIs, M objects of one image. Label -1 means: takes no part in the 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dcdet import boxes as box_ops
+from dcdet.errors import require
 from dcdet.structures import Target
 
 # Pairs of boxes compared at once: bounds the memory of an image with thousands of objects.
 PAIRS_AT_ONCE = 1 << 24
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """How many RoIs an image learns from: `number`, drawn at random.
+
+    At most `foreground_fraction` of them are foreground, background fills the rest. Where both are
+    too few, `fill` draws from all RoIs, and takes those for background whatever they overlap, as
+    the 2017 release does; a RoI can come twice.
+    """
+
+    number: int
+    foreground_fraction: float
+    fill: bool
+
+    def __post_init__(self) -> None:
+        require(self.number >= 1, "number", "at least 1", self.number)
+        share = self.foreground_fraction
+        require(0 <= share <= 1, "foreground_fraction", "in [0, 1]", share)
 
 
 @dataclass(frozen=True)
@@ -105,12 +126,15 @@ def roi_targets(
     foreground_iou: float,
     background_iou: tuple[float, float],
     ignore_coverage: float | None,
+    spec: SampleSpec | None = None,
+    seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """RoIs (R, 4) of one image, their labels (R,) (0 background, else 1 + class), deltas (R, 4).
 
     The objects' own boxes join the proposals (P, 4). Foreground comes first, then background,
     each in the order of the input; RoIs in neither range are left out, and so is background
-    covered by an ignored region. Source: rfcn/core/rcnn.py of the 2017 release.
+    covered by an ignored region. `spec` draws from them, None takes all. Source:
+    rfcn/core/rcnn.py of the 2017 release.
     """
     rois = torch.cat([proposals, target.boxes])
     labels = rois.new_zeros((len(rois),), dtype=torch.int64)
@@ -122,12 +146,29 @@ def roi_targets(
         labels[foreground] = target.labels[index[foreground]] + 1
         deltas[foreground] = box_ops.encode(rois, target.boxes[index])[foreground]
     low, high = background_iou
-    background = (labels == 0) & (best >= low) & (best < high)
+    labels[(labels == 0) & ~((best >= low) & (best < high))] = -1
     covered = _covered(rois, target.ignored, ignore_coverage)
     if covered is not None:
-        background &= ~covered
-    order = torch.cat([(labels > 0).nonzero(), background.nonzero()]).squeeze(1)
-    return rois[order], labels[order], deltas[order]
+        free = (labels > 0) | ~covered
+        rois, labels, deltas = rois[free], labels[free], deltas[free]
+    if spec is not None:
+        # Not the RPN's random numbers once more.
+        labels = subsample(labels, spec.number, spec.foreground_fraction, seed + 1)
+    order = torch.cat([(labels > 0).nonzero(), (labels == 0).nonzero()]).squeeze(1)
+    labels, deltas = labels[order], deltas[order]
+    missing = spec.number - len(order) if spec is not None and spec.fill and len(rois) else 0
+    if missing > 0:
+        order = torch.cat([order, _draw(len(rois), missing, seed + 2).to(order.device)])
+        labels, deltas = F.pad(labels, (0, missing)), F.pad(deltas, (0, 0, 0, missing))
+    return rois[order], labels, deltas
+
+
+def _draw(number: int, wanted: int, seed: int) -> Tensor:
+    """`wanted` of the indices below `number`, at random, none twice before all have come."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = -(-wanted // number)
+    drawn = [torch.randperm(number, generator=generator) for _ in range(rounds)]
+    return torch.cat(drawn)[:wanted]
 
 
 def hardest(losses: Tensor, images: Tensor, number: int) -> Tensor:
@@ -142,6 +183,6 @@ def hardest(losses: Tensor, images: Tensor, number: int) -> Tensor:
 
 def smooth_l1(difference: Tensor, sigma: float) -> Tensor:
     """Elementwise smooth L1: quadratic below 1 / sigma^2. Source: Girshick, Fast R-CNN, (3)."""
-    return torch.nn.functional.smooth_l1_loss(
+    return F.smooth_l1_loss(
         difference, torch.zeros_like(difference), reduction="none", beta=1.0 / sigma**2
     )

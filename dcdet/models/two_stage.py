@@ -60,7 +60,7 @@ class TwoStageDetector(nn.Module):
         raw = self.rpn(features)
         losses = self.rpn.losses(raw, batch)
         proposals = self.rpn.proposals(raw, batch.sizes, batch.scales)
-        samples = self.roi_head.sample(proposals, batch.targets)
+        samples = self.roi_head.sample(proposals, batch)
         roi_losses, stats = self.roi_head.losses(
             self.roi_head(features, samples.rois), samples, len(batch.sizes)
         )
