@@ -47,6 +47,7 @@ def config(monkeypatch):
         max_pixels=10**6,
         resize=SimpleNamespace(short=200, long=400),
         pad_multiple=32,
+        pad_images=1,
     )
     root = SimpleNamespace(
         data=data,
@@ -89,6 +90,17 @@ def rows_of(output, name="detections.json"):
         raise AssertionError(f"{word} is not JSON")
 
     return json.loads((output / name).read_text(), parse_constant=refuse)
+
+
+def test_the_network_sees_what_it_was_trained_on(config, tmp_path):
+    """Black pixels that count as image, as in training."""
+    config.data.pad_images = 64
+    _, batch = demo_module.read_batch(str(write_image(tmp_path / "a.png")), config.data)
+    assert batch.sizes == [(256, 320)]
+    assert batch.images.shape == (1, 3, 256, 320)
+    assert batch.images[0, :, :200, :300].min() > 0
+    assert batch.images[0, :, 200:].max() == 0
+    assert batch.images[0, :, :, 300:].max() == 0
 
 
 def test_picture_and_json_show_what_is_there(config, tmp_path):

@@ -107,6 +107,25 @@ def test_a_sample_is_the_image_resized_and_its_boxes(tmp_path: Path) -> None:
         assert sample.target.size == WIDE
 
 
+def test_black_pixels_count_as_image(tmp_path: Path) -> None:
+    write_voc(tmp_path, {"a": ((25, 35), [("cat", 1, 1, 35, 25)])})
+    found = {}
+    for multiple in (1, 32):
+        spec = section(resize=ResizeSpec(10, 100), pad_images=multiple)
+        reader = VOC(str(tmp_path), "train", ["cat"], "inclusive")
+        dataset = DetectionDataset(reader, spec, training=True)
+        found[multiple] = collate([dataset.sample(dataset.pick(0, 5, 0), dataset.records[0])], 1)
+    plain, padded = found[1], found[32]
+    assert plain.sizes == [(10, 14)]
+    assert padded.sizes == [(32, 32)]
+    assert torch.equal(padded.images[..., :10, :14], plain.images)
+    assert padded.images.sum() == plain.images.sum()
+    assert padded.scales == plain.scales == [0.4]
+    # Inclusive (34, 24) * 0.4 = (13.6, 9.6), rounded, is (14, 10): just outside without padding.
+    assert plain.targets[0].boxes.tolist() == [[0, 0, 14, 10]]
+    assert padded.targets[0].boxes.tolist() == [[0, 0, 15, 11]]
+
+
 def test_any_number_of_workers_gives_the_same_batches(tmp_path: Path) -> None:
     batches = {}
     for workers in (0, 1, 3):
@@ -341,6 +360,7 @@ except MachineError as error:
         ({"batch_size": 0}, "batch_size: must be in"),
         ({"workers": -1}, "workers: must be in"),
         ({"pad_multiple": 0}, "pad_multiple: must be in"),
+        ({"pad_images": 0}, "pad_images: must be in"),
         ({"max_bad_images": 1.5}, "max_bad_images: must be in"),
         ({"max_bad_images": float("nan")}, "max_bad_images: must be in"),
         ({"classes": []}, "classes: name at least one"),

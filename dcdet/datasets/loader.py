@@ -62,7 +62,11 @@ class DataSection:
         filter_empty: leave training images without objects out.
         batch_size: images a step, over all processes; testing takes them one by one.
         workers: processes that prepare batches, for each training process; 0 uses none.
-        pad_multiple: padded sides are multiples of this; 1 pads to the largest image only.
+        pad_multiple: padded sides are multiples of this; 1 pads to the largest image only. The
+            padding is 0 after the mean is subtracted, and no box reaches into it.
+        pad_images: before that, each image gets black pixels at its right and bottom until its
+            sides are multiples of this; they count as image, and boxes may reach into them, as in
+            the 2017 release's FPN (32). 1 adds none.
         orientation: whether EXIF orientation is applied to images; boxes are in the result's
             pixels.
         max_bad_images: training stops when more than this share of the images (but more than one)
@@ -85,6 +89,7 @@ class DataSection:
     max_bad_images: float
     max_pixels: int = MAX_PIXELS
     timeout: float = 120.0
+    pad_images: int = 1
 
     def __post_init__(self) -> None:
         names = self.classes or []
@@ -97,6 +102,7 @@ class DataSection:
             ("batch_size", 1, 65_536),
             ("workers", 0, 256),
             ("pad_multiple", 1, 4096),
+            ("pad_images", 1, 4096),
             ("max_bad_images", 0, 1),
             ("max_pixels", 1, 1 << 31),
             ("timeout", 1, 86_400),
@@ -164,16 +170,17 @@ class DetectionDataset:
                 f"is {width} x {height} pixels (width x height), "
                 f"annotated as {record.size[1]} x {record.size[0]}{turned}"
             )
-        scale = network_scale(size, self.section.resize.short, self.section.resize.long)
-        image = resize(image[:, ::-1] if pick.flip else image, scale)
-        network_size = image.shape[:2]
+        section = self.section
+        image = image[:, ::-1] if pick.flip else image
+        pixels, scale = network_image(image, section.resize, section.pad_images)
+        network_size = pixels.shape[1], pixels.shape[2]
         boxes, ignored = (
             place_boxes(boxes, size, network_size, scale, pick.flip, self.pixels)
             for boxes in (record.boxes, record.ignored)
         )
         labels = torch.from_numpy(record.labels)
         target = Target(record.image_id, size, boxes, labels, ignored)
-        return Sample(torch.from_numpy(image).permute(2, 0, 1), target, scale, pick.seed)
+        return Sample(pixels, target, scale, pick.seed)
 
     def batch(self, picks: list[Pick], reading: Tensor) -> Batch:
         """Read a batch; `reading` is filled with the place of the image at work.
@@ -214,6 +221,20 @@ class DetectionDataset:
                 f"{self.bad_limit()} may be",
                 "`dcdet check CONFIG` lists them; data.max_bad_images allows more",
             )
+
+
+def network_image(
+    image: np.ndarray, resize_spec: ResizeSpec, multiple: int
+) -> tuple[Tensor, float]:
+    """Image (H, W, 3) uint8 -> what the network sees of it (3, H', W'), and its scale.
+
+    Black pixels, which count as image, make its sides multiples of `multiple`. Source: IMAGE_STRIDE
+    in lib/utils/image.py of the 2017 release.
+    """
+    scale = network_scale(image.shape[:2], resize_spec.short, resize_spec.long)
+    pixels = torch.from_numpy(resize(image, scale)).permute(2, 0, 1)
+    bottom, right = (-side % multiple for side in pixels.shape[1:])
+    return torch.nn.functional.pad(pixels, (0, right, 0, bottom)), scale
 
 
 def stable_seed(*numbers: int) -> int:

@@ -11,8 +11,8 @@ import cv2
 import numpy as np
 import torch
 
-from dcdet.datasets.loader import DataSection, collate
-from dcdet.datasets.transforms import BadImage, network_scale, read_image, resize
+from dcdet.datasets.loader import DataSection, collate, network_image
+from dcdet.datasets.transforms import BadImage, read_image
 from dcdet.engine.checkpoint import load_weights
 from dcdet.engine.evaluate import detect
 from dcdet.engine.runtime import output_folder, pick_device, strict_json, write_text
@@ -132,11 +132,10 @@ def read_batch(path: str, data: DataSection) -> tuple[np.ndarray, Batch]:
     """An image file (H, W, 3) uint8 RGB, and the same as a batch of one; raises BadImage."""
     image = read_image(path, data.orientation, data.max_pixels)
     size = image.shape[0], image.shape[1]
-    scale = network_scale(size, data.resize.short, data.resize.long)
-    resized = torch.from_numpy(resize(image, scale)).permute(2, 0, 1)
+    pixels, scale = network_image(image, data.resize, data.pad_images)
     nothing = torch.zeros(0, 4)
     target = Target(path, size, nothing, torch.zeros(0, dtype=torch.int64), nothing)
-    return image, collate([Sample(resized, target, scale, seed=0)], data.pad_multiple)
+    return image, collate([Sample(pixels, target, scale, seed=0)], data.pad_multiple)
 
 
 def at_least(found: Detections, score: float) -> Detections:
