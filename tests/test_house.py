@@ -5,6 +5,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import pytest
 from conftest import ROOT
 
 from dcdet import build_model, load_config
@@ -23,7 +24,8 @@ def kernel(path: Path, function: str) -> bool:
     return path.parent.name == "ops" and path.stem != "checks" and function not in PUBLIC_OPS
 
 
-def test_from_image_file_to_loss(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["quickstart/rfcn_dcn_r18_shapes", "small/fpn_dcn_r18_voc"])
+def test_from_image_file_to_loss(name: str, tmp_path: Path) -> None:
     """At most 15 own files and 500 distinct lines run for a training pass on two images.
 
     The bodies of the deformable and pooling ops are kernels, written in torch where other projects
@@ -33,8 +35,14 @@ def test_from_image_file_to_loss(tmp_path: Path) -> None:
         f"{{type: Shapes, root: {tmp_path / 's'}, split: train, train_images: 8, test_images: 1}}"
     )
     config = load_config(
-        ROOT / "configs" / "quickstart" / "rfcn_dcn_r18_shapes.yaml",
-        [f"data.train={node}", "data.workers=0", "data.batch_size=2"],
+        ROOT / "configs" / f"{name}.yaml",
+        [
+            f"data.train={node}",
+            "data.classes=null",
+            "model.num_classes=4",
+            "data.workers=0",
+            "data.batch_size=2",
+        ],
     )
     data = check(config).data
     dataset = DetectionDataset(build_reader(config, "train"), data, training=True)
@@ -71,28 +79,66 @@ def differing(one: Any, other: Any, path: str = "") -> set[str]:
     return set() if one == other else {path}
 
 
+def siblings(one: Path, other: Path) -> set[str]:
+    return differing(load_config(one).plain(), load_config(other).plain())
+
+
 def test_plain_and_deformable_siblings_differ_only_in_deformation() -> None:
+    box_head = {"model.backbone.deform", "model.roi_head.pooling"}
+    offsets = {"solver.lr_multipliers.roi_head.offset.*"}
     pairs = 0
     for path in (ROOT / "configs").glob("*/*_dcn_*.yaml"):
-        plain = path.with_name(path.name.replace("_dcn", ""))
-        found = differing(load_config(path).plain(), load_config(plain).plain())
-        assert found == {"model.backbone.deform", "model.roi_head.deformable"}, path.name
+        found = siblings(path, path.with_name(path.name.replace("_dcn", "")))
+        if path.name.startswith("rfcn"):
+            assert found == {"model.backbone.deform", "model.roi_head.deformable"}, path.name
+        else:
+            assert found == box_head | offsets, path.name
         pairs += 1
-    assert pairs >= 4
+    assert pairs >= 9
+
+
+OTHER_DATA = {
+    "model.num_classes", "model.rpn.anchor_scales", "model.postprocess.max_per_image",
+    "data.classes", "solver.epochs", "solver.milestones", "test.evaluator.type",
+    "test.evaluator.metric", "test.evaluator.through_text",
+    *(f"data.{part}.{key}" for part in ("train", "test")
+      for key in ("type", "root", "image_set", "boxes")),
+}  # fmt: skip
+OTHER_GPUS = {"data.batch_size", "solver.reference_batch"}
+OTHER_HEAD = {
+    f"model.roi_head.{key}"
+    for key in (
+        "type", "in_feature", "in_features", "channels", "reduce_channels", "hidden_channels",
+        "group_size", "pooled_size", "deformable", "pooling", "samples", "hard_examples",
+    )
+}  # fmt: skip
 
 
 def test_voc_and_coco_siblings_differ_only_in_their_data() -> None:
-    for kind in ("rfcn", "rfcn_dcn"):
-        folder = ROOT / "configs" / "rfcn"
-        found = differing(
-            load_config(folder / f"{kind}_r101_voc.yaml").plain(),
-            load_config(folder / f"{kind}_r101_coco.yaml").plain(),
+    for system, more in (("rfcn", OTHER_GPUS), ("faster_rcnn", set())):
+        folder = ROOT / "configs" / system
+        for kind in (system, f"{system}_dcn"):
+            found = siblings(folder / f"{kind}_r101_voc.yaml", folder / f"{kind}_r101_coco.yaml")
+            assert found == OTHER_DATA | more, kind
+
+
+def test_systems_differ_only_in_their_parts() -> None:
+    """R-FCN's and Faster R-CNN's siblings: the head, and how it samples and learns."""
+    learning = {"model.roi_head.background_iou", "solver.lr_multipliers.roi_head.reduce.*"}
+    offsets = {"solver.lr_multipliers.roi_head.offset.*"}
+    for kind in ("r101_voc", "dcn_r101_voc"):
+        found = siblings(
+            ROOT / "configs" / "rfcn" / f"rfcn_{kind}.yaml",
+            ROOT / "configs" / "faster_rcnn" / f"faster_rcnn_{kind}.yaml",
         )
-        assert found == {
-            "model.num_classes", "model.rpn.anchor_scales", "model.postprocess.max_per_image",
-            "data.classes", "data.batch_size", "solver.epochs", "solver.reference_batch",
-            "solver.milestones", "test.evaluator.type", "test.evaluator.metric",
-            "test.evaluator.through_text",
-            *(f"data.{part}.{key}" for part in ("train", "test")
-              for key in ("type", "root", "image_set", "boxes")),
-        }  # fmt: skip
+        assert found == OTHER_HEAD | learning | (offsets if "dcn" in kind else set()), kind
+    for kind in ("r18_voc", "dcn_r18_voc"):
+        small = [ROOT / "configs" / "small" / f"{system}_{kind}.yaml" for system in
+                 ("rfcn", "faster_rcnn", "fpn")]  # fmt: skip
+        mine = offsets if "dcn" in kind else set()
+        assert siblings(small[0], small[1]) == OTHER_HEAD | mine, kind
+        pyramid = {"model.backbone.dilate_c5", "model.neck", "model.rpn.in_features",
+                   "model.rpn.anchor_scales"}  # fmt: skip
+        head = {f"model.roi_head.{key}" for key in
+                ("in_features", "reduce_channels", "samples", "hard_examples")}  # fmt: skip
+        assert siblings(small[1], small[2]) == pyramid | head, kind
