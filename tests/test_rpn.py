@@ -23,6 +23,17 @@ class Constant(nn.Module):
         return self.value
 
 
+class OneByOne(nn.Module):
+    """Gives back one map after the other."""
+
+    def __init__(self, values: list[Tensor]) -> None:
+        super().__init__()
+        self.values = iter(values)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return next(self.values)
+
+
 def make_rpn(scales: list[float], spec: ProposalSpec, allowed_border: float | None = 0) -> RPNHead:
     return RPNHead(
         4, [16], "inclusive", ["c4"], 8, 0.01, scales, [0.5, 1, 2], 0.7, 0.3, 16, 0.5,
@@ -46,6 +57,34 @@ def test_proposals_equal_the_release(shared: Path, name: str) -> None:
     height, width, scale = arrays["im_info"][0].tolist()
     size = (int(height), int(width))
     ours = rpn.proposals(rpn({"c4": torch.zeros(1)}), [size], [scale])[0].numpy()
+    recorded = np.unique(arrays["rois"][:, 1:], axis=0) + np.array([0, 0, 1, 1])
+    assert len(ours) == len(recorded)
+    distance = np.abs(ours[None] - recorded[:, None]).max(-1).min(1)
+    assert (distance < 2e-3).mean() >= 0.99
+
+
+@pytest.mark.parametrize("name", ["full", "pre500"])
+def test_proposals_of_a_pyramid_equal_the_release(shared: Path, name: str) -> None:
+    """All levels go through one selection and one NMS."""
+    arrays = np.load(shared / "golden" / "ops" / f"pyramid_proposal_{name}.npz")
+    attrs = json.loads(str(arrays["attrs"]))
+    spec = ProposalSpec(
+        attrs["rpn_pre_nms_top_n"], attrs["rpn_post_nms_top_n"], attrs["threshold"],
+        attrs["rpn_min_size"],
+    )  # fmt: skip
+    strides = attrs["feat_stride"]
+    names = [f"p{stride}" for stride in strides]
+    rpn = RPNHead(
+        4, strides, "inclusive", names, 8, 0.01, attrs["scales"], attrs["ratios"], 0.7, 0.3, 16,
+        0.5, None, True, None, spec, spec,
+    ).eval()  # fmt: skip
+    maps = [torch.from_numpy(arrays[f"cls_prob_stride{stride}"]).log() for stride in strides]
+    rpn.conv = nn.Identity()
+    rpn.score = OneByOne(maps)
+    rpn.delta = OneByOne([torch.from_numpy(arrays[f"bbox_pred_stride{s}"]) for s in strides])
+    raw = rpn({key: torch.ones(1, 8, *x.shape[2:]) for key, x in zip(names, maps, strict=True)})
+    height, width, scale = arrays["im_info"][0].tolist()
+    ours = rpn.proposals(raw, [(int(height), int(width))], [scale])[0].numpy()
     recorded = np.unique(arrays["rois"][:, 1:], axis=0) + np.array([0, 0, 1, 1])
     assert len(ours) == len(recorded)
     distance = np.abs(ours[None] - recorded[:, None]).max(-1).min(1)

@@ -140,6 +140,96 @@ def test_an_image_without_objects_is_all_background() -> None:
     assert deltas.abs().sum() == 0
 
 
+def crowd_of_rois() -> tuple[torch.Tensor, Target]:
+    """60 RoIs: 20 foreground, 10 of IoU 1/3 (background), 30 far off (IoU 0); and 1 object."""
+    near = torch.tensor([20.0, 20.0, 60.0, 60.0]) + torch.arange(1, 21)[:, None] * 0.1
+    half = torch.tensor([40.0, 20.0, 80.0, 60.0]) + torch.arange(10)[:, None] * 0.1
+    far = torch.tensor([200.0, 200.0, 240.0, 240.0]) + torch.arange(30)[:, None]
+    return torch.cat([near, half, far]), make_target(torch.tensor([[20, 20, 59, 59, 3]]))
+
+
+@pytest.mark.parametrize(
+    ("number", "fraction", "fill", "foreground", "background", "filled"),
+    [
+        (16, 0.25, False, 4, 10, 0),  # 12 background RoIs are wanted, 10 are there
+        (16, 0.25, True, 4, 10, 2),
+        (8, 0.25, True, 2, 6, 0),
+        (128, 0.25, False, 21, 10, 0),  # the object's own box is one of the 21
+        (128, 0.25, True, 21, 10, 97),  # more than there are RoIs: each comes again
+        (10, 0.0, True, 0, 10, 0),
+        (10, 1.0, True, 10, 0, 0),
+    ],
+)
+def test_rois_are_drawn_as_the_release_draws(
+    number: int, fraction: float, fill: bool, foreground: int, background: int, filled: int
+) -> None:
+    proposals, target = crowd_of_rois()
+    spec = targets.SampleSpec(number, fraction, fill)
+    rois, labels, deltas = targets.roi_targets(
+        proposals, target, 0.5, (0.1, 0.5), None, spec, seed=7
+    )
+    assert len(rois) == len(labels) == len(deltas) == foreground + background + filled
+    assert labels.tolist() == [3] * foreground + [0] * (background + filled)
+    best = box_ops.iou(rois, target.boxes)[:, 0]
+    assert (best[:foreground] >= 0.5).all()
+    drawn = best[foreground : foreground + background]
+    assert ((drawn >= 0.1) & (drawn < 0.5)).all()
+    assert (deltas[foreground:] == 0).all()
+    chosen = rois[: foreground + background]
+    assert len(chosen.unique(dim=0)) == len(chosen)
+    everything = torch.cat([proposals, target.boxes])
+    extra = rois[foreground + background :]
+    assert all((roi == everything).all(1).any() for roi in extra)
+    counts = extra.unique(dim=0, return_counts=True)[1].tolist()
+    assert max(counts, default=0) - min(counts, default=0) <= 1
+    if filled > 61:
+        assert len(counts) == 61  # none twice before all have come
+        assert (best[foreground + background :] >= 0.5).any()  # objects' RoIs called background
+
+
+def test_a_draw_follows_its_seed_and_is_not_the_rpns() -> None:
+    proposals, target = crowd_of_rois()
+    spec = targets.SampleSpec(16, 0.25, True)
+    first, again, other = (
+        targets.roi_targets(proposals, target, 0.5, (0.1, 0.5), None, spec, seed=seed)[0]
+        for seed in (7, 7, 8)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    labels = torch.zeros(61).long()
+    assert not torch.equal(
+        targets.subsample(labels, 16, 0.25, 7), targets.subsample(labels, 16, 0.25, 8)
+    )
+
+
+@pytest.mark.parametrize("fill", [False, True])
+def test_an_image_without_objects_or_without_rois_can_be_drawn_from(fill: bool) -> None:
+    proposals, _ = crowd_of_rois()
+    spec = targets.SampleSpec(16, 0.25, fill)
+    nothing = make_target(torch.zeros(0, 5))
+    rois, labels, deltas = targets.roi_targets(
+        proposals, nothing, 0.5, (0.1, 0.5), None, spec, seed=7
+    )
+    assert labels.tolist() == [0] * (16 if fill else 0)
+    assert deltas.abs().sum() == 0
+    assert rois.shape == deltas.shape == (len(labels), 4)
+    rois, labels, _ = targets.roi_targets(
+        proposals[:0], nothing, 0.5, (0.1, 0.5), None, spec, seed=7
+    )
+    assert rois.shape == (0, 4)
+    assert labels.shape == (0,)
+
+
+def test_filling_spares_covered_rois() -> None:
+    proposals, target = crowd_of_rois()
+    ignored = torch.tensor([[190.0, 190.0, 300.0, 300.0]])
+    target = Target(0, (400, 400), target.boxes, target.labels, ignored)
+    spec = targets.SampleSpec(128, 0.25, True)
+    rois, _, _ = targets.roi_targets(proposals, target, 0.5, (0.1, 0.5), 0.5, spec, seed=7)
+    assert len(rois) == 128
+    assert (rois[:, 0] < 100).all()
+
+
 def test_covered_background_learns_nothing() -> None:
     crowd = torch.tensor([[0.0, 0.0, 50.0, 50.0]])
     boxes = torch.tensor([[10.0, 10.0, 20.0, 20.0], [60.0, 60.0, 90.0, 90.0]])

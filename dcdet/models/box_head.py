@@ -5,6 +5,7 @@ Source: Girshick, Fast R-CNN; Lin et al., Feature Pyramid Networks; Dai et al., 
 faster_rcnn/symbols and fpn/operator_py/fpn_roi_pooling.py of the 2017 release.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -18,8 +19,6 @@ from dcdet.models.init import init_layers
 from dcdet.models.roi_head import RoIHead, RoIOutput, inclusive
 from dcdet.models.targets import SampleSpec
 from dcdet.ops.deform_psroi_pool import deform_psroi_pool
-
-CANONICAL_SIDE, CANONICAL_STRIDE = 224, 16
 
 
 class BoxHead(RoIHead):
@@ -63,10 +62,10 @@ class BoxHead(RoIHead):
         super().__init__(
             foreground_iou, background_iou, samples, hard_examples, box_std, ignore_coverage
         )
-        doubling = [strides[0] << index for index in range(len(strides))]
         require(
-            strides == doubling, "in_features", "maps whose strides double one by one", in_features
-        )
+            len(strides) > 0 and strides == [strides[0] << index for index in range(len(strides))],
+            "in_features", "maps whose strides double one by one", in_features,
+        )  # fmt: skip
         channels = in_channels if reduce_channels is None else reduce_channels
         require(channels >= 1, "reduce_channels", "at least 1, or null", channels)
         require(pooled_size >= 1, "pooled_size", "at least 1", pooled_size)
@@ -104,16 +103,17 @@ class BoxHead(RoIHead):
         x = torch.cat(pooled)[torch.cat(places).argsort()].flatten(1)
         x = F.relu(self.fc2(F.relu(self.fc1(x))))
         logits, deltas = self.score(x).float(), self.delta(x).float()
-        return RoIOutput(logits, deltas.view(len(rois), -1, 4))
+        return RoIOutput(logits, deltas.unflatten(1, (-1, 4)))
 
     def levels(self, rois: Tensor) -> Tensor:
         """Which of the maps each RoI (R, 5) is pooled from: (R,) int64.
 
         A RoI of 224 x 224 pixels goes to stride 16, one of twice the side to twice the stride.
         """
-        first = CANONICAL_SIDE * self.strides[0] / CANONICAL_STRIDE
-        borders = rois.new_tensor([first * 2**level for level in range(1, len(self.strides))])
-        return torch.bucketize(box_ops.area(rois[:, 1:]).sqrt(), borders, right=True)
+        side = box_ops.area(rois[:, 1:]).sqrt()
+        # In float32, which decides about sides a hair below a border, as in the release.
+        level = math.log2(16 / self.strides[0]) + torch.log2(side / 224)
+        return level.floor().clamp(0, len(self.strides) - 1).long()
 
     def _pool(self, x: Tensor, rois: Tensor, level: int) -> Tensor:
         """x (B, C, H, W), inclusive rois (r, 5) -> (r, C, p, p)."""

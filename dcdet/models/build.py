@@ -42,9 +42,8 @@ def _of_maps(maps: Any, node: Any) -> dict[str, Any]:
             raise UserError(
                 node.where(key), f"there is no map '{name}'", suggest(name, maps.channels)
             )
-    channels = [maps.channels[name] for name in names]
-    if len(set(channels)) > 1:
-        what = f"maps of one kind are needed, {', '.join(names)} have {channels} channels"
-        raise UserError(node.where(key), what)
+    channels = {maps.channels[name] for name in names}
+    if len(channels) != 1:
+        raise UserError(node.where(key), f"'{key}' must be one or more maps of equal channels")
     strides = [maps.strides[name] for name in names]
-    return {"in_channels": channels[0], "stride": strides[0], "strides": strides}
+    return {"in_channels": channels.pop(), "stride": strides[0], "strides": strides}
