@@ -157,6 +157,16 @@ def _new_file(text: str) -> Path:
     return path
 
 
+def _point(text: str) -> tuple[float, float]:
+    try:
+        x, y = (float(number) for number in text.split(","))
+    except ValueError:
+        x = y = math.nan
+    if not (math.isfinite(x) and math.isfinite(y)):
+        raise argparse.ArgumentTypeError(f"must be two numbers X,Y, got '{text}'")
+    return x, y
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "--output": {"type": _folder, "metavar": "DIR", "help": "default: output/<config name>"},
     "--resume": {"action": "store_true", "help": "continue from the newest good checkpoint"},
@@ -164,6 +174,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--seed": {"type": _seed, "metavar": "N", "help": "instead of the config's seed"},
     "--weights": {"type": _existing_file, "metavar": "FILE", "help": "a checkpoint (needed)"},
     "--score-threshold": {"type": _share, "metavar": "X", "default": 0.5, "help": "default: 0.5"},
+    "--point": {
+        "type": _point,
+        "metavar": "X,Y",
+        "action": "append",
+        "default": [],
+        "help": "a pixel of the image (may be repeated); default: the middles of detections",
+    },
     "--json": {"type": _new_file, "metavar": "FILE", "help": "write every figure to FILE, too"},
     "--quick": {"action": "store_true", "help": "small cases, to see that all works"},
     "--seconds": {
@@ -191,21 +208,47 @@ def _test(args: argparse.Namespace) -> int:
     return evaluate(config, args.weights, output, device=args.device)
 
 
-def _demo(args: argparse.Namespace) -> int:
+def _inputs(words: list[str]) -> tuple[list[str], list[str]]:
+    """Words that name images or folders, and those that override values of the config."""
+
     def overrides(word: str) -> bool:
         return bool(re.match(r"[A-Za-z_]\w*(\.\w+)*=", word)) and not os.path.lexists(word)
 
-    inputs = [word for word in args.words[1:] if not overrides(word)]
-    if not inputs:
-        raise UserError(COMMAND_LINE, "no image is named", "dcdet demo CONFIG ... IMAGE_OR_FOLDER")
-    for name in inputs:
+    names = [word for word in words if not overrides(word)]
+    for name in names:
         if not os.path.lexists(name):
             raise UserError(name, "no such image or folder")
-    config, output = _config(args, [word for word in args.words[1:] if overrides(word)])
+    return names, [word for word in words if overrides(word)]
+
+
+def _demo(args: argparse.Namespace) -> int:
+    inputs, overrides = _inputs(args.words[1:])
+    if not inputs:
+        raise UserError(COMMAND_LINE, "no image is named", "dcdet demo CONFIG ... IMAGE_OR_FOLDER")
+    config, output = _config(args, overrides)
     from dcdet.engine.demo import demo
 
     threshold = args.score_threshold
     return demo(config, args.weights, inputs, output, score_threshold=threshold, device=args.device)
+
+
+def _offsets(args: argparse.Namespace) -> int:
+    inputs, overrides = _inputs(args.words[1:])
+    if len(inputs) != 1:
+        what = f"one image is needed, not {len(inputs)}"
+        raise UserError(COMMAND_LINE, what, "dcdet offsets CONFIG --weights FILE IMAGE")
+    config, output = _config(args, overrides)
+    from dcdet.engine.offsets import offsets
+
+    return offsets(
+        config,
+        args.weights,
+        inputs[0],
+        output,
+        points=args.point,
+        score_threshold=args.score_threshold,
+        device=args.device,
+    )
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -262,6 +305,12 @@ COMMANDS = {
         "CONFIG --weights FILE IMAGE_OR_FOLDER ... [key.path=value ...]",
         ("--weights", "--output", "--score-threshold", "--device"),
         _demo,
+    ),
+    "offsets": Command(
+        "draw where the deformable layers of a trained model look in an image",
+        "CONFIG --weights FILE IMAGE [key.path=value ...]",
+        ("--weights", "--point", "--output", "--score-threshold", "--device"),
+        _offsets,
     ),
     "check": Command(
         "read a whole data set and report everything wrong in it",

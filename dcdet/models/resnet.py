@@ -71,13 +71,18 @@ class DeformConv2d(nn.Module):
         init_layers(self.offset, std=0.0)
         self.stride, self.dilation, self.spec = stride, dilation, spec
 
+    def offset_and_mask(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Input (B, C, H, W) -> offset (B, 18 * G, H', W') and, if modulated, mask (B, 9 * G, H',
+        W') for G offset groups: what `deform_conv2d` is given."""
+        offset = self.offset(x)
+        if not self.spec.modulated:
+            return offset, None
+        offset, mask = offset.split([18 * self.spec.groups, 9 * self.spec.groups], dim=1)
+        return offset, self.spec.mask_scale * mask.sigmoid()
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, O, H', W')."""
-        offset = self.offset(x)
-        mask = None
-        if self.spec.modulated:
-            offset, mask = offset.split([18 * self.spec.groups, 9 * self.spec.groups], dim=1)
-            mask = self.spec.mask_scale * mask.sigmoid()
+        offset, mask = self.offset_and_mask(x)
         return deform_conv2d(
             x, offset, self.weight, stride=self.stride, padding=self.dilation,
             dilation=self.dilation, mask=mask, border=self.spec.border,
@@ -259,6 +264,16 @@ class ResNet(nn.Module):
             x = getattr(self, f"layer{index + 1}")(x)
             maps[stage] = x
         return maps
+
+    def deformable_layers(self) -> dict[str, dict[str, DeformConv2d]]:
+        """By stage, the deformable convolutions in the order they run, called stage.block; stages
+        without any are left out."""
+        stages: dict[str, dict[str, DeformConv2d]] = {}
+        for index, stage in enumerate(STAGES):
+            for position, block in enumerate(getattr(self, f"layer{index + 1}")):
+                if isinstance(block.conv2, DeformConv2d):
+                    stages.setdefault(stage, {})[f"{stage}.{position}"] = block.conv2
+        return stages
 
     def _init_weights(self) -> None:
         for module in self.modules():

@@ -3,13 +3,14 @@
 Source: Dai et al., R-FCN; Dai et al., Deformable ConvNets; rfcn/symbols/*.py of the 2017 release.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcdet.errors import require
 from dcdet.models.init import init_layers
 from dcdet.models.roi_head import RoIHead, RoIOutput, inclusive
-from dcdet.ops.deform_psroi_pool import deform_psroi_pool
+from dcdet.ops.deform_psroi_pool import deform_psroi_pool, shifted_parts
 from dcdet.ops.psroi_pool import psroi_pool
 
 
@@ -79,6 +80,18 @@ class RFCNHead(RoIHead):
             logits, deltas = self._pool(scores, rois), self._pool(deltas, rois)
         return RoIOutput(logits.float(), deltas.float())
 
+    def parts(self, features: dict[str, Tensor], rois: Tensor, labels: Tensor) -> Tensor:
+        """Where a deformable head reads the score of class `labels` (R,): boxes (R, G, G, 4).
+
+        rois (R, 5) as in `forward`; the boxes are in the same pixels.
+        """
+        hidden = F.relu(self.reduce(features[self.in_feature]))
+        rois = inclusive(rois)
+        trans = self._pool_parts(self.score_offset(hidden), None, rois)
+        index = torch.arange(len(rois), device=rois.device)
+        shifts = trans.unflatten(1, (-1, 2))[index, 1 + labels]
+        return shifted_parts(rois, shifts.float(), 1 / self.stride, self.trans_std)
+
     def _pool(self, maps: Tensor, rois: Tensor) -> Tensor:
         size = self.group_size
         output_dim = maps.shape[1] // size**2
@@ -86,11 +99,12 @@ class RFCNHead(RoIHead):
         return pooled.mean((2, 3))
 
     def _pool_deformed(self, maps: Tensor, offset_maps: Tensor, rois: Tensor) -> Tensor:
-        def pool(x: Tensor, trans: Tensor | None) -> Tensor:
-            size = self.group_size
-            return deform_psroi_pool(
-                x, rois, trans, 1 / self.stride, x.shape[1] // size**2, size, size, size,
-                self.samples_per_part, self.trans_std,
-            )  # fmt: skip
+        trans = self._pool_parts(offset_maps, None, rois)
+        return self._pool_parts(maps, trans, rois).mean((2, 3))
 
-        return pool(maps, pool(offset_maps, None)).mean((2, 3))
+    def _pool_parts(self, maps: Tensor, trans: Tensor | None, rois: Tensor) -> Tensor:
+        size = self.group_size
+        return deform_psroi_pool(
+            maps, rois, trans, 1 / self.stride, maps.shape[1] // size**2, size, size, size,
+            self.samples_per_part, self.trans_std,
+        )  # fmt: skip

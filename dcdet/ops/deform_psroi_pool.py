@@ -81,6 +81,21 @@ def deform_psroi_pool(
     return output.to(input.dtype)
 
 
+def shifted_parts(rois: Tensor, shifts: Tensor, spatial_scale: float, trans_std: float) -> Tensor:
+    """The boxes that the bins of RoIs (R, 5) are read from, in the RoIs' image pixels.
+
+    `shifts` (R, 2, p, p) are those of one class, x first -> boxes (R, p, p, 4), continuous xyxy.
+    """
+    start, end = (edge.t() / spatial_scale for edge in spans(rois, spatial_scale))
+    size = (end - start).clamp(min=0.1 / spatial_scale).flip(1)[:, None, None]  # x first
+    bins = torch.arange(shifts.shape[2], device=rois.device)
+    column_and_row = torch.stack(torch.meshgrid(bins, bins, indexing="xy"), dim=-1)
+    bin_size = size / len(bins)
+    corner = start.flip(1)[:, None, None] + column_and_row * bin_size
+    corner = corner + shifts.permute(0, 2, 3, 1) * trans_std * size
+    return torch.cat([corner, corner + bin_size], dim=-1)
+
+
 def _check(
     input: Tensor,
     rois: Tensor,
