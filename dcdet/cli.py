@@ -174,13 +174,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--seed": {"type": _seed, "metavar": "N", "help": "instead of the config's seed"},
     "--weights": {"type": _existing_file, "metavar": "FILE", "help": "a checkpoint (needed)"},
     "--score-threshold": {"type": _share, "metavar": "X", "default": 0.5, "help": "default: 0.5"},
-    "--point": {
-        "type": _point,
-        "metavar": "X,Y",
-        "action": "append",
-        "default": [],
-        "help": "a pixel of the image (may be repeated); default: the middles of detections",
-    },
     "--json": {"type": _new_file, "metavar": "FILE", "help": "write every figure to FILE, too"},
     "--quick": {"action": "store_true", "help": "small cases, to see that all works"},
     "--seconds": {
@@ -188,6 +181,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "metavar": "X",
         "default": 2.0,
         "help": "time for each figure; default: 2, about 10 minutes in all on 2 CPU cores",
+    },
+    "--point": {
+        "type": _point,
+        "metavar": "X,Y",
+        "action": "append",
+        "default": [],
+        "help": "a place in the image, to be repeated for more; default: the middles of the five"
+        " best detections, or without any a grid",
     },
     "--debug": {"action": "store_true", "help": "show tracebacks and more messages"},
 }
@@ -232,6 +233,13 @@ def _demo(args: argparse.Namespace) -> int:
     return demo(config, args.weights, inputs, output, score_threshold=threshold, device=args.device)
 
 
+def _check(args: argparse.Namespace) -> int:
+    config, _ = _config(args, args.words[1:])
+    from dcdet.datasets.check import check
+
+    return check(config, print)
+
+
 def _offsets(args: argparse.Namespace) -> int:
     inputs, overrides = _inputs(args.words[1:])
     if len(inputs) != 1:
@@ -249,13 +257,6 @@ def _offsets(args: argparse.Namespace) -> int:
         score_threshold=args.score_threshold,
         device=args.device,
     )
-
-
-def _check(args: argparse.Namespace) -> int:
-    config, _ = _config(args, args.words[1:])
-    from dcdet.datasets.check import check
-
-    return check(config, print)
 
 
 def _benchmark(args: argparse.Namespace) -> int:
@@ -306,17 +307,17 @@ COMMANDS = {
         ("--weights", "--output", "--score-threshold", "--device"),
         _demo,
     ),
-    "offsets": Command(
-        "draw where the deformable layers of a trained model look in an image",
-        "CONFIG --weights FILE IMAGE [key.path=value ...]",
-        ("--weights", "--point", "--output", "--score-threshold", "--device"),
-        _offsets,
-    ),
     "check": Command(
         "read a whole data set and report everything wrong in it",
         "CONFIG [key.path=value ...]",
         (),
         _check,
+    ),
+    "offsets": Command(
+        "draw where the deformable layers of a trained model look in an image",
+        "CONFIG --weights FILE IMAGE [key.path=value ...]",
+        ("--weights", "--point", "--output", "--score-threshold", "--device"),
+        _offsets,
     ),
     "benchmark": Command(
         "measure speed and memory: the operators beside torchvision's and plain ones",

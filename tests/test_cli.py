@@ -52,7 +52,7 @@ def weights(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("", "no command is given (known: train, test, demo, check, benchmark, doctor)"),
+        ("", "no command is given (known: train, test, demo, check, offsets, benchmark, doctor)"),
         ("trian", "no command 'trian' (did you mean 'train'?)"),
         ("--verison", "no option '--verison' (did you mean '--version'?)"),
         ("train", "CONFIG is missing (dcdet train CONFIG"),
@@ -83,6 +83,18 @@ def weights(tmp_path: Path) -> str:
         ("demo {c} --weights {w} . --score-threshold 2", "from 0 to 1, got '2'"),
         ("demo {c} --weights {w} . --score-threshold x", "from 0 to 1, got 'x'"),
         ("demo {c} --weights {w} . modle.x=1", "no key 'modle'"),
+        ("offsets {c} --weights {w}", "one image is needed, not 0"),
+        ("offsets {c} --weights {w} {w} {c}", "one image is needed, not 2"),
+        ("offsets {c} --weights {w} nowhere.jpg", "nowhere.jpg: no such image or folder"),
+        ("offsets {c} {w}", "--weights is missing (dcdet offsets CONFIG --weights FILE IMAGE"),
+        ("offsets {c} --weights {w} {w} --point 3", "--point: must be two numbers X,Y, got '3'"),
+        ("offsets {c} --weights {w} {w} --point 3,4,5", "--point: must be two numbers"),
+        ("offsets {c} --weights {w} {w} --point x,4", "--point: must be two numbers"),
+        ("offsets {c} --weights {w} {w} --point nan,4", "--point: must be two numbers"),
+        ("offsets {c} --weights {w} {w} --point 1,inf", "--point: must be two numbers"),
+        ("offsets {c} --weights {w} {w} --point -1,4", "--point: expected one argument"),
+        ("offsets {c} --weights {w} {w} --pint 1,4", "did you mean '--point'?"),
+        ("offsets {c} --weights {w} {w} --score-threshold 2", "from 0 to 1, got '2'"),
         ("doctor now", "doctor takes no 'now'"),
         ("benchmark", "what to measure is missing (known: ops)"),
         ("benchmark opps", "no benchmark 'opps' (did you mean 'ops'?)"),
@@ -110,7 +122,7 @@ def test_refused_at_once(
 def test_refusals_and_help_do_not_import_torch(weights: str) -> None:
     lines = [
         "--help", "--version", "train --help", "test --help", "demo --help", "check --help",
-        "doctor --help", "benchmark --help", "benchmark train", "trian",
+        "doctor --help", "benchmark --help", "offsets --help", "benchmark train", "trian",
         f"test {QUICKSTART} --weights nowhere",
         f"demo {QUICKSTART} --weights {weights} .  seed=on", f"train {QUICKSTART} sede=1",
     ]  # fmt: skip
@@ -130,7 +142,7 @@ else:
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: dcdet") == 7
+    assert done.stdout.count("usage: dcdet") == 8
 
 
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))
@@ -209,6 +221,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Commands recorded instead of run; the config is not checked against the classes."""
     import dcdet.engine.demo
     import dcdet.engine.evaluate
+    import dcdet.engine.offsets
     import dcdet.engine.train
     from dcdet import registry
 
@@ -222,6 +235,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(dcdet.engine.train, "train", record)
     monkeypatch.setattr(dcdet.engine.evaluate, "evaluate", record)
     monkeypatch.setattr(dcdet.engine.demo, "demo", record)
+    monkeypatch.setattr(dcdet.engine.offsets, "offsets", record)
     return seen
 
 
@@ -257,6 +271,16 @@ def test_what_test_and_demo_are_given(
     assert config.seed == 4
     assert images == ["a.jpg", "seed=3", "-x.jpg"]
     assert options == {"score_threshold": 0.25, "device": "cpu"}
+
+
+def test_what_offsets_is_given(calls: list[Any], weights: str) -> None:
+    words = ["offsets", QUICKSTART, weights, "seed=2", "--weights", weights, "--output", "o"]
+    for points in ([], [(3.0, 4.5), (0.0, -1.0)]):
+        given = [f"--point={x},{y}" for x, y in points]
+        assert cli.main([*words, *given]) == 0
+        config, path, image, output, options = calls[-1]
+        assert (config.seed, path, image, output) == (2, Path(weights), weights, Path("o"))
+        assert options == {"points": points, "score_threshold": 0.5, "device": None}
 
 
 @pytest.mark.parametrize(

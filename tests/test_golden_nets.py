@@ -203,6 +203,22 @@ def test_detections_agree(shared: Path, run: Run) -> None:
     assert same_boxes(ours.numpy(), recorded, 5e-3) >= 0.99
 
 
+@pytest.mark.parametrize("run", NETWORKS[:1], indirect=True, ids=["rfcn_dcn"])
+def test_parts_move_by_the_recorded_offsets(run: Run) -> None:
+    """Of every 20th RoI the recording has every 9th channel: channel 18k is the x of class 9k."""
+    corners = torch.from_numpy(run.arrays["rois"])[::20].round()
+    rois = corners + torch.tensor([0, 0, 0, 1, 1])
+    left, width = rois[:, 1, None, None], (rois[:, 3] - rois[:, 1])[:, None, None]
+    for channel in range(1, 9):
+        shift = 0.1 * torch.from_numpy(run.arrays["rfcn_cls_offset"][:, 2 * channel]) * width
+        label = torch.full((len(rois),), 9 * channel - 1)  # background is the release's class 0
+        with torch.no_grad():
+            parts = run.model.roi_head.parts({"c5": run.maps["res5c_relu"]}, rois, label)
+        columns = left + width * torch.arange(7) / 7
+        torch.testing.assert_close(parts[..., 0], columns + shift, rtol=0, atol=1e-3)
+        torch.testing.assert_close(parts[..., 2], columns + shift + width / 7, rtol=0, atol=1e-3)
+
+
 def test_a_changed_border_rule_is_noticed(shared: Path, run: Run) -> None:
     """The comparison can fail: zero padding instead of the original border changes res5."""
     config = load_config(CONFIGS / run.network.config, ["model.backbone.deform.border=zero"])

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -86,52 +87,51 @@ def offsets(
     classes, category_ids = class_names(config, meta, weights)
 
     precision = experiment.test.precision
-    [found] = detect(model, [batch], precision, torch_device)
-    found = at_least(found, score_threshold)
-    if points:
-        found = _select(found, _around(found.boxes, points))
-    found = _select(found, slice(MAX_SHOWN))
-    if not points and not len(found.scores):
-        what = f"no detection has a score of {score_threshold:g} or more"
-        if not has_points:
-            raise UserError(image, what, "a lower --score-threshold may show some")
-        log.info("%s: a grid of points is shown instead", what)
     report: dict[str, Any] = {"image": image, "width": width, "height": height}
     with output_folder(output), autocast(torch_device, precision):
+        [found] = detect(model, [batch], precision, torch_device)
+        found = at_least(found, score_threshold)
+        if points:
+            found = _select(found, _around(found.boxes, points))
+        elif not len(found.scores):
+            what = f"no detection has a score of {score_threshold:g} or more"
+            if not has_points:
+                raise UserError(image, what, "a lower --score-threshold may show some")
+            log.info("%s: a grid of points is shown instead", what)
+        found = _select(found, slice(MAX_SHOWN))
         batch = batch.to(torch_device)
         stem = Path(picture_name(image)).stem
+        save = partial(_save, output, stem)
         if has_points:
             places = points or _middles(found.boxes, (height, width))
-            samples = sampling_points(model, batch, places)
-            report["layers"] = samples.layers
-            report["points"] = []
-            for place, centre, positions, shares in zip(
-                places, samples.centres, samples.positions, samples.weights, strict=True
-            ):
-                drawn = draw_points(pixels, centre, positions.flatten(0, 1), shares.flatten())
-                picture = _save(drawn, output, f"{stem}-points.png")
-                report["points"].append({
+            seen = sampling_points(model, batch, places)
+            report["layers"] = seen.layers
+            report["points"] = [
+                {
                     "point": _rounded(torch.tensor(place)),
                     "centre": _rounded(centre),
                     "positions": _rounded(positions),
                     "weights": _rounded(shares),
-                    "picture": picture,
-                })  # fmt: skip
+                    "picture": save("points", draw_points(pixels, centre, positions, shares)),
+                }
+                for place, centre, positions, shares in zip(
+                    places, seen.centres, seen.positions, seen.weights, strict=True
+                )
+            ]
         if has_parts:
             parts = roi_parts(model, batch, found)
-            report["rois"] = []
-            for index, label in enumerate(found.labels.tolist()):
-                one = _select(found, slice(index, index + 1))
-                drawn = draw_parts(pixels, one, parts[index], classes)
-                picture = _save(drawn, output, f"{stem}-parts.png")
-                report["rois"].append({
-                    "category_id": category_ids[label],
-                    "name": classes[label],
-                    "score": found.scores[index].item(),
-                    "box": _rounded(found.boxes[index]),
-                    "parts": _rounded(parts[index]),
-                    "picture": picture,
-                })  # fmt: skip
+            ones = [_select(found, slice(index, index + 1)) for index in range(len(parts))]
+            report["rois"] = [
+                {
+                    "category_id": category_ids[int(one.labels)],
+                    "name": classes[int(one.labels)],
+                    "score": one.scores.item(),
+                    "box": _rounded(one.boxes[0]),
+                    "parts": _rounded(boxes),
+                    "picture": save("parts", draw_parts(pixels, one, boxes, classes)),
+                }
+                for one, boxes in zip(ones, parts, strict=True)
+            ]
         numbers = free_path(output, f"{stem}-offsets.json")
         write_text(numbers, strict_json(report))
     log.info("written: %s", numbers)
@@ -266,10 +266,10 @@ def _what_deforms(model: TwoStageDetector, config: Any, points: bool) -> tuple[b
     return has_points, has_parts
 
 
-def _save(drawn: np.ndarray, folder: Path, name: str) -> str:
-    """Write a picture under this name or a free one like it, which returns."""
-    path = free_path(folder, name)
-    write_picture(path, drawn)
+def _save(folder: Path, stem: str, kind: str, picture: np.ndarray) -> str:
+    """Write a picture of this kind under a free name, which returns."""
+    path = free_path(folder, f"{stem}-{kind}.png")
+    write_picture(path, picture)
     log.info("drew %s", path)
     return path.name
 

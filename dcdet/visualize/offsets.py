@@ -27,19 +27,19 @@ def draw_points(
 ) -> NDArray[np.uint8]:
     """The sampling points of one place in red, the place itself in green.
 
-    image (H, W, 3) uint8 RGB, centre (2,), positions (n, 2), weights (n,) -> a new image. A dot's
-    area follows its weight; the largest have the full size. Points outside are left out.
+    image (H, W, 3) uint8 RGB, centre (2,), positions (..., 2), weights (...) -> a new image. A
+    dot's area follows its weight; the largest have the full size. Points outside are left out.
     """
     canvas, zoom = _enlarged(image)
     height, width = canvas.shape[:2]
     radius = max(2.0, 0.005 * (height * width) ** 0.5)
-    places = positions.double().numpy() * zoom
+    places = positions.double().reshape(-1, 2).numpy() * zoom
     inside = ((places >= 0) & (places < (width, height))).all(axis=1)
-    shares = weights.double().numpy()
+    shares = weights.double().flatten().numpy()
     radii = radius * np.sqrt(shares / max(shares.max(initial=0), 1e-12))
     dots = list(zip(places[inside], radii[inside], strict=True))
     for place, size in dots:
-        _disc(canvas, place, size + 1, WHITE)
+        _disc(canvas, place, size + 1.5, WHITE)
     for place, size in dots:
         _disc(canvas, place, size, RED)
     place = centre.double().numpy() * zoom
@@ -57,7 +57,7 @@ def draw_parts(
     """
     canvas, zoom = _enlarged(image)
     height, width = canvas.shape[:2]
-    line = max(1, round(0.002 * (height * width) ** 0.5))
+    line = max(2, round(0.003 * (height * width) ** 0.5))
     boxes = parts.double().reshape(-1, 4).numpy() * zoom
     boxes = boxes[np.isfinite(boxes).all(axis=1)].clip(-width - height, 2 * (width + height))
     corners = ((boxes - 0.5) * _ONE).round().astype(int).tolist()
