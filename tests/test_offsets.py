@@ -285,10 +285,10 @@ def test_a_dots_area_follows_its_weight() -> None:
 def test_a_small_image_is_enlarged() -> None:
     image = picture((100, 150))
     drawn = draw_points(image, torch.tensor([75.0, 50.0]), torch.zeros(0, 2), torch.zeros(0))
-    assert drawn.shape == (500, 750, 3)
-    assert tuple(drawn[250, 375]) == GREEN
-    wanted = cv2.resize(image, (750, 500), interpolation=cv2.INTER_LINEAR)
-    assert (drawn[:200] == wanted[:200]).all()
+    assert drawn.shape == (900, 1350, 3)
+    assert tuple(drawn[450, 675]) == GREEN
+    wanted = cv2.resize(image, (1350, 900), interpolation=cv2.INTER_LINEAR)
+    assert (drawn[:400] == wanted[:400]).all()
 
 
 def test_parts_are_drawn_at_their_edges() -> None:
@@ -358,7 +358,7 @@ def test_pictures_and_numbers_of_a_point(trained: dict[str, str], tmp_path: Path
     positions = np.array(row["positions"], dtype=float)  # null is NaN
     assert positions.shape == (1, 81, 2)
     assert np.array(row["weights"]).shape == (1, 81)
-    zoom = 800 // 120
+    zoom = 1400 // 120
     drawn = cv2.imread(str(tmp_path / row["picture"]))[..., ::-1]
     assert drawn.shape == (90 * zoom, 120 * zoom, 3)
     red = (drawn == RED).all(axis=2)

@@ -14,7 +14,7 @@ from torch import Tensor
 from dcdet.structures import Detections
 from dcdet.visualize.draw import Colour, draw_detections
 
-LONG_SIDE = 800  # an image whose long side is less than half of it is enlarged
+LONG_SIDE = 1400  # of a picture at most, where a small image is enlarged
 
 RED, GREEN, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (255, 255, 255), (0, 0, 0)
 
@@ -32,8 +32,9 @@ def draw_points(
     """
     canvas, zoom = _enlarged(image)
     height, width = canvas.shape[:2]
-    radius = max(2.0, 0.005 * (height * width) ** 0.5)
     places = positions.double().reshape(-1, 2).numpy() * zoom
+    large = 0.005 * (height * width) ** 0.5
+    radius = max(1.5, large * (81 / max(81, len(places))) ** (1 / 6))  # half of it for 4 * 729
     inside = ((places >= 0) & (places < (width, height))).all(axis=1)
     shares = weights.double().flatten().numpy()
     radii = radius * np.sqrt(shares / max(shares.max(initial=0), 1e-12))
@@ -44,7 +45,7 @@ def draw_points(
         _disc(canvas, place, size, RED)
     place = centre.double().numpy() * zoom
     for extra, colour in ((3, BLACK), (2, WHITE), (0, GREEN)):
-        _disc(canvas, place, 1.5 * radius + extra, colour)
+        _disc(canvas, place, 1.5 * large + extra, colour)
     return canvas
 
 
@@ -57,11 +58,13 @@ def draw_parts(
     """
     canvas, zoom = _enlarged(image)
     height, width = canvas.shape[:2]
-    line = max(2, round(0.003 * (height * width) ** 0.5))
+    # Lines are thin where parts are small, and the smallest have no white around them.
+    side = (found.boxes[0, 2] - found.boxes[0, 0]).item() * zoom / len(parts)
+    line = max(1, round(min(0.003 * (height * width) ** 0.5, 0.1 * side)))
     boxes = parts.double().reshape(-1, 4).numpy() * zoom
     boxes = boxes[np.isfinite(boxes).all(axis=1)].clip(-width - height, 2 * (width + height))
     corners = ((boxes - 0.5) * _ONE).round().astype(int).tolist()
-    for extra, colour in ((2, WHITE), (0, RED)):
+    for extra, colour in ((2 if line > 1 else 0, WHITE), (0, RED)):
         for x1, y1, x2, y2 in corners:
             cv2.rectangle(canvas, (x1, y1), (x2, y2), colour, line + extra, cv2.LINE_AA, _SHIFT)
     return draw_detections(canvas, replace(found, boxes=found.boxes * zoom), classes)
