@@ -475,3 +475,58 @@ def test_a_bad_image_is_refused(
     words = ["offsets", QUICKSTART, "--weights", trained["weights.pth"], str(tmp_path / "bad.jpg")]
     assert cli.main(words) == 2
     assert "bad.jpg: is not an image" in capsys.readouterr().err
+
+
+# Heads and necks of other systems.
+
+OVERRIDES = [
+    "model.num_classes=3", "data.classes=[a, b, c]", "model.backbone.pretrained=null",
+    "data.resize={short: 128, long: 160}", "model.roi_head.hidden_channels=16",
+]  # fmt: skip
+
+
+def small(name: str) -> Any:
+    torch.manual_seed(0)
+    return load_config(ROOT / "configs" / "small" / f"{name}_dcn_r18_voc.yaml", OVERRIDES)
+
+
+def test_parts_of_a_pyramid_come_from_each_rois_level() -> None:
+    """Each level's layer gives its own shifts; boxes of four sizes go to four levels."""
+    model = build_model(small("fpn")).eval()
+    head = model.roi_head
+    size, std = head.pooled_size, head.trans_std
+    trans = torch.randn(4, 2, size, size)
+    with torch.no_grad():
+        for level, name in enumerate(head.in_features):
+            head.offset[name].bias.copy_(trans[level].flatten())
+    boxes = [[8.0, 8.0, 488.0, 468.0], [8.0, 16.0, 48.0, 46.0], [0.0, 0.0, 256.0, 256.0],
+             [10.0, 20.0, 150.0, 150.0]]  # fmt: skip
+    parts = roi_parts(model, batch_of(512, 512, 1.0), found_in(boxes, [0, 1, 2, 0]))
+    for box, level, found in zip(boxes, (3, 0, 2, 1), parts, strict=True):
+        x = std * (box[2] - box[0]) * trans[level, 0]
+        y = std * (box[3] - box[1]) * trans[level, 1]
+        wanted = tiles(box, size) + torch.stack([x, y, x, y], dim=-1)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-3)
+    assert roi_parts(model, batch_of(64, 64, 1.0), found_in([], [])).shape == (0, size, size, 4)
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn", "fpn"])
+def test_other_systems_are_drawn(name: str, trained: dict[str, str], tmp_path: Path) -> None:
+    config = small(name)
+    save(tmp_path / "weights.pth", {"model": build_model(config).state_dict()})
+    words = [
+        "offsets", str(ROOT / "configs" / "small" / f"{name}_dcn_r18_voc.yaml"), *OVERRIDES,
+        "--weights", str(tmp_path / "weights.pth"), trained["photo.jpg"],
+        "--output", str(tmp_path / "out"), "--score-threshold", "0.1",
+    ]  # fmt: skip
+    assert cli.main(words) == 0
+    report = read(tmp_path / "out" / "photo-offsets.json")
+    assert report["layers"] == [
+        f"c5.{block}" for block in reversed(config.model.backbone.deform.blocks.c5)
+    ]
+    scale = 128 / 90
+    for roi in report["rois"]:
+        parts = np.array(roi["parts"])
+        outer = [*parts[0, 0, :2], *parts[-1, -1, 2:]]
+        assert outer == pytest.approx(roi["box"], abs=2 / scale)  # RoIs are rounded to pixels
+    assert len(report["rois"]) == len(report["points"]) == 5

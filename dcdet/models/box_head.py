@@ -18,7 +18,7 @@ from dcdet.errors import require
 from dcdet.models.init import init_layers
 from dcdet.models.roi_head import RoIHead, RoIOutput, inclusive
 from dcdet.models.targets import SampleSpec
-from dcdet.ops.deform_psroi_pool import deform_psroi_pool
+from dcdet.ops.deform_psroi_pool import deform_psroi_pool, shifted_parts
 
 
 class BoxHead(RoIHead):
@@ -115,19 +115,39 @@ class BoxHead(RoIHead):
         level = math.log2(16 / self.strides[0]) + torch.log2(side / 224)
         return level.floor().clamp(0, len(self.strides) - 1).long()
 
+    def parts(self, features: dict[str, Tensor], rois: Tensor, labels: Tensor) -> Tensor:
+        """Where a deformable head reads RoIs (R, 5): boxes (R, p, p, 4) in the rois' pixels.
+
+        `labels` (R,) make no difference here: all classes share their parts.
+        """
+        size = self.pooled_size
+        levels, parts = self.levels(rois), rois.new_empty(len(rois), size, size, 4)
+        for level, name in enumerate(self.in_features):
+            place = levels == level
+            there = inclusive(rois[place])
+            shifts = self._shifts(self._reduce(features[name]), there, level).float()
+            parts[place] = shifted_parts(there, shifts, 1 / self.strides[level], self.trans_std)
+        return parts
+
+    def _reduce(self, x: Tensor) -> Tensor:
+        return F.relu(self.reduce(x)) if self.reduced else x
+
     def _pool(self, x: Tensor, rois: Tensor, level: int) -> Tensor:
         """x (B, C, H, W), inclusive rois (r, 5) -> (r, C, p, p)."""
-        if self.reduced:
-            x = F.relu(self.reduce(x))
-        size, scale = self.pooled_size, 1 / self.strides[level]
+        x = self._reduce(x)
         if not self.deformable:
-            return roi_pool(x.float(), rois, size, scale)
+            return roi_pool(x.float(), rois, self.pooled_size, 1 / self.strides[level])
+        return self._pool_parts(x, rois, self._shifts(x, rois, level), level)
 
-        def pool(trans: Tensor | None) -> Tensor:
-            return deform_psroi_pool(
-                x, rois, trans, scale, x.shape[1], 1, size, size, self.samples_per_part,
-                self.trans_std,
-            )  # fmt: skip
+    def _shifts(self, x: Tensor, rois: Tensor, level: int) -> Tensor:
+        """How far deformable pooling moves the bins, in units of trans_std: (r, 2, p, p)."""
+        pooled = self._pool_parts(x, rois, None, level).flatten(1)
+        offset: Tensor = self.offset[self.in_features[level]](pooled)
+        return offset.view(-1, 2, self.pooled_size, self.pooled_size)
 
-        offset = self.offset[self.in_features[level]](pool(None).flatten(1))
-        return pool(offset.view(-1, 2, size, size))
+    def _pool_parts(self, x: Tensor, rois: Tensor, shifts: Tensor | None, level: int) -> Tensor:
+        size, samples = self.pooled_size, self.samples_per_part
+        return deform_psroi_pool(
+            x, rois, shifts, 1 / self.strides[level], x.shape[1], 1, size, size, samples,
+            self.trans_std,
+        )  # fmt: skip
