@@ -346,9 +346,12 @@ def tree(folder: Path) -> dict[str, str]:
     }
 
 
-def test_pictures_and_numbers_of_a_point(trained: dict[str, str], tmp_path: Path) -> None:
+def test_pictures_and_numbers_of_a_point(
+    trained: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     words = ("--point", "61.5,40", "--score-threshold", "0")
-    assert run(trained, tmp_path, *words) == 0
+    with caplog.at_level("INFO", "dcdet"):
+        assert run(trained, tmp_path, *words) == 0
     report = read(tmp_path / "photo-offsets.json")
     assert (report["image"], report["width"], report["height"]) == (trained["photo.jpg"], 120, 90)
     assert report["layers"] == ["c5.1", "c5.0"]
@@ -358,6 +361,8 @@ def test_pictures_and_numbers_of_a_point(trained: dict[str, str], tmp_path: Path
     positions = np.array(row["positions"], dtype=float)  # null is NaN
     assert positions.shape == (1, 81, 2)
     assert np.array(row["weights"]).shape == (1, 81)
+    inside = ((positions >= 0) & (positions < (120, 90))).all(axis=2)
+    assert f"c5.1, c5.0: 81 samples a point, {100 * inside.mean():.0f} % of them" in caplog.text
     zoom = 1400 // 120
     drawn = cv2.imread(str(tmp_path / row["picture"]))[..., ::-1]
     assert drawn.shape == (90 * zoom, 120 * zoom, 3)

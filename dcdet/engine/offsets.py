@@ -105,6 +105,12 @@ def offsets(
         if has_points:
             places = points or _middles(found.boxes, (height, width))
             seen = sampling_points(model, batch, places)
+            limits = torch.tensor([width, height])
+            inside = ((seen.positions >= 0) & (seen.positions < limits)).all(-1)
+            log.info(
+                "layers %s: %d samples a point, %.0f %% of them in the image",
+                ", ".join(seen.layers), inside[0].numel(), 100 * inside.float().mean(),
+            )  # fmt: skip
             report["layers"] = seen.layers
             report["points"] = [
                 {
@@ -291,6 +297,7 @@ def _middles(boxes: Tensor, size: tuple[int, int]) -> list[Point]:
     height, width = size
     if not len(boxes):
         return [(width * i / 4, height * j / 4) for j in (1, 3) for i in (1, 3)]
+    boxes = box_ops.clip(boxes, size, "continuous")  # the 2017 release's FPN finds some in padding
     return [(x, y) for x, y in ((boxes[:, :2] + boxes[:, 2:]) / 2).tolist()]
 
 
