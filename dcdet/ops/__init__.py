@@ -10,12 +10,15 @@ from dcdet.ops.deform_psroi_pool import deform_psroi_pool
 from dcdet.ops.deform_roi_pool import deform_roi_pool
 from dcdet.ops.nms import batched_nms, nms
 from dcdet.ops.psroi_pool import psroi_pool
+from dcdet.ops.soft_nms import batched_soft_nms, soft_nms
 
 __all__ = [
     "batched_nms",
+    "batched_soft_nms",
     "deform_conv2d",
     "deform_psroi_pool",
     "deform_roi_pool",
     "nms",
     "psroi_pool",
+    "soft_nms",
 ]

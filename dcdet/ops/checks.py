@@ -92,6 +92,35 @@ def number(op: str, name: str, value: object) -> float:
     return float(value)
 
 
+def share(op: str, name: str, value: object) -> float:
+    """A number from 0 to 1; raises TypeError, ValueError."""
+    checked = number(op, name, value)
+    if not 0 <= checked <= 1:
+        raise wrong(op, name, "in [0, 1]", checked)
+    return checked
+
+
+def scored_boxes(op: str, boxes: object, scores: object) -> None:
+    """Floating boxes (N, 4) and scores (N,) on one device; raises TypeError, ValueError."""
+    checked = floating(op, "boxes", boxes, 2)
+    shape(op, "boxes", checked, (checked.shape[0], 4), "(N, 4)")
+    checked_scores = floating(op, "scores", scores, 1)
+    shape(op, "scores", checked_scores, (checked.shape[0],), "(N,)")
+    if checked_scores.device != checked.device:
+        raise wrong(op, "scores", f"on the boxes' device {checked.device}", checked_scores.device)
+
+
+def labels(op: str, value: object, boxes: Tensor) -> Tensor:
+    """Integer labels (N,) on the device of boxes (N, 4); raises TypeError, ValueError."""
+    checked = tensor(op, "labels", value, 1)
+    if checked.is_floating_point() or checked.is_complex() or checked.dtype == torch.bool:
+        raise wrong_type(op, "labels", "of an integer dtype", checked.dtype)
+    shape(op, "labels", checked, (boxes.shape[0],), "(N,)")
+    if checked.device != boxes.device:
+        raise wrong(op, "labels", f"on the boxes' device {boxes.device}", checked.device)
+    return checked
+
+
 def compute_dtype(input: Tensor) -> torch.dtype:
     """The dtype the ops compute in: float64 for float64, else float32."""
     return torch.float64 if input.dtype == torch.float64 else torch.float32

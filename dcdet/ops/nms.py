@@ -22,8 +22,8 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     Computed in float32. Dropped non-finite rows are counted in the log, at level debug. Raises
     TypeError and ValueError, naming the argument.
     """
-    _check("nms", boxes, scores, iou_threshold)
-    return _nms(boxes, scores, None, float(iou_threshold))
+    checks.scored_boxes("nms", boxes, scores)
+    return _nms(boxes, scores, None, checks.share("nms", "iou_threshold", iou_threshold))
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: float) -> Tensor:
@@ -31,26 +31,9 @@ def batched_nms(boxes: Tensor, scores: Tensor, labels: Tensor, iou_threshold: fl
 
     Every label is done on its own, so that no box can touch another label's result.
     """
-    _check("batched_nms", boxes, scores, iou_threshold)
-    checks.tensor("batched_nms", "labels", labels, 1)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise checks.wrong_type("batched_nms", "labels", "of an integer dtype", labels.dtype)
-    checks.shape("batched_nms", "labels", labels, (boxes.shape[0],), "(N,)")
-    if labels.device != boxes.device:
-        wanted = f"on the boxes' device {boxes.device}"
-        raise checks.wrong("batched_nms", "labels", wanted, labels.device)
-    return _nms(boxes, scores, labels, float(iou_threshold))
-
-
-def _check(op: str, boxes: Tensor, scores: Tensor, iou_threshold: float) -> None:
-    checks.floating(op, "boxes", boxes, 2)
-    checks.shape(op, "boxes", boxes, (boxes.shape[0], 4), "(N, 4)")
-    checks.floating(op, "scores", scores, 1)
-    checks.shape(op, "scores", scores, (boxes.shape[0],), "(N,)")
-    if scores.device != boxes.device:
-        raise checks.wrong(op, "scores", f"on the boxes' device {boxes.device}", scores.device)
-    if not 0 <= checks.number(op, "iou_threshold", iou_threshold) <= 1:
-        raise checks.wrong(op, "iou_threshold", "in [0, 1]", iou_threshold)
+    checks.scored_boxes("batched_nms", boxes, scores)
+    checks.labels("batched_nms", labels, boxes)
+    return _nms(boxes, scores, labels, checks.share("batched_nms", "iou_threshold", iou_threshold))
 
 
 @torch.no_grad()
