@@ -36,13 +36,14 @@ class Sample:
 
     `scale` is network pixels per original pixel. `seed` is derived from run seed, epoch and place
     in the data set; every random choice about this image is drawn from it, so that results do not
-    depend on the number of workers or processes.
+    depend on the number of workers or processes. `flip`: mirrored left to right, boxes too.
     """
 
     image: Tensor
     target: Target
     scale: float
     seed: int
+    flip: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Batch:
 
     `sizes` are the images' own network sizes before padding; lists have length B. `skipped` names
     each file that could not be used for this batch, and why; in training another took its place.
+    `flips` tells which images are mirrored; empty: none.
     """
 
     images: Tensor
@@ -59,6 +61,7 @@ class Batch:
     scales: list[float]
     seeds: list[int]
     skipped: tuple[tuple[str, str], ...] = ()
+    flips: tuple[bool, ...] = ()
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on `device`."""

@@ -151,3 +151,14 @@ def test_bccd(shared: Path) -> None:
 def test_mistakes_in_the_config_itself(tmp_path: Path, override: str) -> None:
     with pytest.raises(UserError, match=r"batch_size|did you mean 'image_set'|has no"):
         run(tmp_path, tmp_path, override)
+
+
+def test_images_too_narrow_for_a_scale_of_testing(tmp_path: Path) -> None:
+    sets = [write_voc(tmp_path / name, {"thin": ((700, 4), []), "good": (SIZE, CELLS)}, name)
+            for name in ("trainval", "test")]  # fmt: skip
+    scales = "[{short: 240, long: 320}, {short: 48, long: 64}]"
+    code, lines = run(*sets, f"test.scales={scales}")
+    bad = [line for line in lines if "thin.png" in line]
+    assert code == 1
+    assert len(bad) == 1
+    assert bad[0].endswith("test/JPEGImages/thin.png: too narrow: 4 x 700 pixels times 0.0914")

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dcdet.boxes import rescale
+from dcdet.datasets.loader import ResizeSpec
 from dcdet.engine import demo as demo_module
+from dcdet.engine import evaluate
 from dcdet.engine.demo import class_names, demo, find_images, free_path, picture_name, write_picture
 from dcdet.errors import UserError
 from dcdet.structures import Detections
@@ -45,14 +47,14 @@ def config(monkeypatch):
         classes=["cat", "dog"],
         orientation="ignore",
         max_pixels=10**6,
-        resize=SimpleNamespace(short=200, long=400),
+        resize=ResizeSpec(200, 400),
         pad_multiple=32,
         pad_images=1,
     )
     root = SimpleNamespace(
         data=data,
         model=SimpleNamespace(num_classes=2),
-        test=SimpleNamespace(precision="fp32"),
+        test=evaluate.TestSection({}, "fp32"),
         where=lambda key: f"config.yaml: {key}",
     )
     monkeypatch.setattr(demo_module, "check", lambda config: config)

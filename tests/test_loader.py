@@ -93,7 +93,7 @@ def test_a_sample_is_the_image_resized_and_its_boxes(tmp_path: Path) -> None:
     for place, flip in ((0, False), (2, True)):
         pick = dataset.pick(place, 5, 0)
         assert pick.flip is flip
-        sample = dataset.sample(pick, dataset.records[0])
+        [sample] = dataset.samples(pick, dataset.records[0])
         image = read_image(dataset.records[0].path)
         image = cv2.flip(image, 1) if flip else image
         scale = network_scale(WIDE, 32, 48)
@@ -218,7 +218,7 @@ def test_images_without_objects(tmp_path: Path) -> None:
 
 def test_padding(tmp_path: Path) -> None:
     dataset = data_set(tmp_path, [WIDE, TALL])
-    samples = [dataset.sample(dataset.pick(i, 0, 0), dataset.records[i]) for i in (0, 1)]
+    samples = [dataset.samples(dataset.pick(i, 0, 0), dataset.records[i])[0] for i in (0, 1)]
     batch = collate(samples, 1)
     assert batch.images.shape == (2, 3, 48, 48)
     assert batch.sizes == [(32, 48), (48, 32)]
@@ -237,7 +237,7 @@ def test_testing_takes_every_image_once_in_order(tmp_path: Path) -> None:
     shares = [
         [
             t.image_id
-            for b in loader.test_loader(dataset, dataset.section, rank, 3)
+            for [b] in loader.test_loader(dataset, dataset.section, rank, 3)
             for t in b.targets
         ]
         for rank in range(3)
@@ -289,7 +289,7 @@ def test_bad_images_at_test_are_left_out_and_named(tmp_path: Path) -> None:
     for place in (0, 2):
         Path(dataset.records[place].path).write_text("<html>")
     batches = list(loader.test_loader(dataset, dataset.section, 0, 1))
-    assert [t.image_id for b in batches for t in b.targets] == ["i1", "i3", "i4"]
+    assert [t.image_id for [b] in batches for t in b.targets] == ["i1", "i3", "i4"]
     assert list(dataset.bad) == [dataset.records[place].path for place in (0, 2)]
 
 

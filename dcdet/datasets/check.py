@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from dcdet.config import Config
-from dcdet.datasets.loader import DataSection, DetectionDataset, Reader, test_loader
+from dcdet.datasets.loader import DataSection, DetectionDataset, Reader, View, test_loader
 from dcdet.datasets.records import DataError, Problem
 from dcdet.errors import UserError
 from dcdet.registry import build
@@ -25,11 +25,13 @@ def check(config: Config, write: Write) -> int:
     0: nothing wrong; 1: something is wrong that training leaves out or mends; 2: a set is not
     usable. Raises UserError for a mistake in the config itself.
     """
-    section = check_config(config).data
+    experiment = check_config(config)
+    section = experiment.data
+    views = {"train": [View(section.resize)], "test": experiment.test.views(section.resize)}
     with _quiet():
         codes, files = [], []
         for part in ("train", "test"):
-            code, paths = _check_part(config, section, part, write)
+            code, paths = _check_part(config, section, part, views[part], write)
             codes.append(code)
             files.append(paths)
     if common := files[0] & files[1]:
@@ -39,7 +41,7 @@ def check(config: Config, write: Write) -> int:
 
 
 def _check_part(
-    config: Config, section: DataSection, part: str, write: Write
+    config: Config, section: DataSection, part: str, views: list[View], write: Write
 ) -> tuple[int, set[str]]:
     """Exit code and image files of `data.train` or `data.test`."""
     try:
@@ -59,7 +61,7 @@ def _check_part(
         where = config.where("model.num_classes")
         write(f"  {where}: {config.model.num_classes}, wanted {len(reader.classes)}")
         codes.append(2)
-    bad, limit = _read_images(reader, section, write)
+    bad, limit = _read_images(reader, section, views, write)
     _write_problems([Problem(path, reason, "bad image") for path, reason in bad.items()], write)
     if bad:
         codes.append(1)
@@ -69,9 +71,11 @@ def _check_part(
     return max(codes), {record.path for record in reader.records}
 
 
-def _read_images(reader: Reader, section: DataSection, write: Write) -> tuple[dict[str, str], int]:
-    """Decode every image; the bad ones with reasons, and how many training would accept."""
-    dataset = DetectionDataset(reader, section, training=False)
+def _read_images(
+    reader: Reader, section: DataSection, views: list[View], write: Write
+) -> tuple[dict[str, str], int]:
+    """Decode and resize every image; the bad ones, with reasons, and how many training accepts."""
+    dataset = DetectionDataset(reader, section, training=False, views=views)
     for number, _ in enumerate(test_loader(dataset, section, rank=0, world=1), 1):
         if number % PROGRESS_EVERY == 0:
             write(f"  {number} of {len(dataset)} images read")

@@ -9,7 +9,7 @@ import logging
 import multiprocessing
 import signal
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -130,14 +130,42 @@ class Pick(NamedTuple):
     seed: int
 
 
+class View(NamedTuple):
+    """One way to show an image to the network."""
+
+    resize: ResizeSpec
+    flip: bool = False
+
+    def of(self, image: np.ndarray, multiple: int) -> tuple[Tensor, float]:
+        """Image (H, W, 3) uint8 -> what the network sees of it (3, H', W'), and its scale.
+
+        Mirrored, resized, then padded with black pixels, which count as image, to sides that are
+        multiples of `multiple` (IMAGE_STRIDE in lib/utils/image.py of the 2017 release). BadImage
+        if it is too narrow.
+        """
+        scale = network_scale(image.shape[:2], self.resize.short, self.resize.long)
+        shown = resize(image[:, ::-1] if self.flip else image, scale)
+        pixels = torch.from_numpy(shown).permute(2, 0, 1)
+        bottom, right = (-side % multiple for side in pixels.shape[1:])
+        return torch.nn.functional.pad(pixels, (0, right, 0, bottom)), scale
+
+
 class DetectionDataset:
     """A reader's images as samples for the network.
 
     Its length is the number of images of an epoch: twice the reader's with `flip: append`, where
     place i + N is image i mirrored. `bad` gathers the files that could not be used, with reasons.
+    `views` are the ways to show each image in testing: `data.resize` alone unless given.
     """
 
-    def __init__(self, reader: Reader, section: DataSection, *, training: bool) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        section: DataSection,
+        *,
+        training: bool,
+        views: Sequence[View] | None = None,
+    ) -> None:
         records = reader.records
         if training and section.filter_empty:
             records = [record for record in records if len(record.boxes)]
@@ -145,6 +173,7 @@ class DetectionDataset:
             raise UserError(reader.name, "has no images to use")
         self.name, self.pixels, self.section = reader.name, reader.pixels, section
         self.records, self.training = records, training
+        self.views = views or [View(section.resize)]
         self.bad: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -160,8 +189,8 @@ class DetectionDataset:
             flip = bool(stable_seed(seed, epoch, place, 1) & 1)
         return Pick(place, flip, stable_seed(seed, epoch, place, 0))
 
-    def sample(self, pick: Pick, record: Record) -> Sample:
-        """Read one image; BadImage when that is not possible."""
+    def samples(self, pick: Pick, record: Record) -> list[Sample]:
+        """Read one image, once, and show it in every view; BadImage when that is not possible."""
         image = read_image(record.path, self.section.orientation, self.section.max_pixels)
         height, width = size = image.shape[:2]
         if record.size not in (size, (0, 0)):
@@ -170,20 +199,23 @@ class DetectionDataset:
                 f"is {width} x {height} pixels (width x height), "
                 f"annotated as {record.size[1]} x {record.size[0]}{turned}"
             )
-        section = self.section
-        image = image[:, ::-1] if pick.flip else image
-        pixels, scale = network_image(image, section.resize, section.pad_images)
-        network_size = pixels.shape[1], pixels.shape[2]
-        boxes, ignored = (
-            place_boxes(boxes, size, network_size, scale, pick.flip, self.pixels)
-            for boxes in (record.boxes, record.ignored)
-        )
-        labels = torch.from_numpy(record.labels)
-        target = Target(record.image_id, size, boxes, labels, ignored)
-        return Sample(pixels, target, scale, pick.seed)
+        samples = []
+        for view in self.views:
+            view = view._replace(flip=view.flip != pick.flip)
+            pixels, scale = view.of(image, self.section.pad_images)
+            network_size = pixels.shape[1], pixels.shape[2]
+            boxes, ignored = (
+                place_boxes(boxes, size, network_size, scale, view.flip, self.pixels)
+                for boxes in (record.boxes, record.ignored)
+            )
+            labels = torch.from_numpy(record.labels)
+            target = Target(record.image_id, size, boxes, labels, ignored)
+            samples.append(Sample(pixels, target, scale, pick.seed, view.flip))
+        return samples
 
-    def batch(self, picks: list[Pick], reading: Tensor) -> Batch:
-        """Read a batch; `reading` is filled with the place of the image at work.
+    def batches(self, picks: list[Pick], reading: Tensor) -> list[Batch]:
+        """Read the images of a batch -> the batch in every view; `reading` is filled with the place
+        of the image at work.
 
         A bad image is named in `skipped`; in training the next good one takes its place, so that
         the number of images stays.
@@ -196,11 +228,12 @@ class DetectionDataset:
                 record = self.records[place]
                 reading.fill_(place)
                 try:
-                    samples.append(self.sample(pick, record))
+                    samples.append(self.samples(pick, record))
                     break
                 except BadImage as error:
                     skipped.append((record.path, str(error)))
-        return collate(samples, self.section.pad_multiple, skipped)
+        views = zip(*samples, strict=True) if samples else [()]
+        return [collate(view, self.section.pad_multiple, skipped) for view in views]
 
     def bad_limit(self) -> int:
         """How many images may be bad: the configured share, but at least one and never all."""
@@ -223,20 +256,6 @@ class DetectionDataset:
             )
 
 
-def network_image(
-    image: np.ndarray, resize_spec: ResizeSpec, multiple: int
-) -> tuple[Tensor, float]:
-    """Image (H, W, 3) uint8 -> what the network sees of it (3, H', W'), and its scale.
-
-    Black pixels, which count as image, make its sides multiples of `multiple`. Source: IMAGE_STRIDE
-    in lib/utils/image.py of the 2017 release.
-    """
-    scale = network_scale(image.shape[:2], resize_spec.short, resize_spec.long)
-    pixels = torch.from_numpy(resize(image, scale)).permute(2, 0, 1)
-    bottom, right = (-side % multiple for side in pixels.shape[1:])
-    return torch.nn.functional.pad(pixels, (0, right, 0, bottom)), scale
-
-
 def stable_seed(*numbers: int) -> int:
     """A 63-bit hash of whole numbers that is the same on every machine and in every process."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
@@ -244,7 +263,7 @@ def stable_seed(*numbers: int) -> int:
 
 
 def collate(
-    samples: list[Sample], pad_multiple: int, skipped: list[tuple[str, str]] | None = None
+    samples: Sequence[Sample], pad_multiple: int, skipped: list[tuple[str, str]] | None = None
 ) -> Batch:
     """Samples -> one batch; images are padded right and bottom with zeros."""
     sizes = [(sample.image.shape[1], sample.image.shape[2]) for sample in samples]
@@ -262,6 +281,7 @@ def collate(
         scales=[sample.scale for sample in samples],
         seeds=[sample.seed for sample in samples],
         skipped=tuple(skipped or ()),
+        flips=tuple(sample.flip for sample in samples),
     )
 
 
@@ -327,24 +347,24 @@ def train_loader(
     share = section.batch_size // world
     order = epoch_order(dataset, section, seed, epoch)[start_step:, rank * share :][:, :share]
     plan = [[dataset.pick(int(place), seed, epoch) for place in places] for places in order]
-    yield from _load(dataset, section, plan)
+    yield from (batch for [batch] in _load(dataset, section, plan))
 
 
 def test_loader(
     dataset: DetectionDataset, section: DataSection, rank: int, world: int
-) -> Iterator[Batch]:
-    """Every world-th image from `rank` on, in order, one a batch.
+) -> Iterator[list[Batch]]:
+    """Every world-th image from `rank` on, in order: for each view of `dataset`, a batch of one.
 
-    A bad image gives no batch; `dataset.bad` names it. Raises MachineError when a worker is lost.
+    A bad image is left out; `dataset.bad` names it. Raises MachineError when a worker is lost.
     """
     plan = [[dataset.pick(place, 0, 0)] for place in range(rank, len(dataset), world)]
-    yield from (batch for batch in _load(dataset, section, plan) if batch.targets)
+    yield from (views for views in _load(dataset, section, plan) if views[0].targets)
 
 
 test_loader.__test__ = False  # type: ignore[attr-defined]  # for pytest, which goes by the name
 
 
-class _Batches(Dataset[Batch]):
+class _Batches(Dataset[list[Batch]]):
     """A plan of batches for torch's DataLoader, which then has nothing to sample or collate.
 
     `reading` tells, for each worker, the place of the image that it is reading, or -1.
@@ -356,17 +376,17 @@ class _Batches(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> list[Batch]:
         worker = get_worker_info()
         reading = self.reading[worker.id if worker else 0]
-        batch = self.dataset.batch(self.plan[index], reading)
+        views = self.dataset.batches(self.plan[index], reading)
         reading.fill_(-1)
-        return batch
+        return views
 
 
 def _load(
     dataset: DetectionDataset, section: DataSection, plan: list[list[Pick]]
-) -> Iterator[Batch]:
+) -> Iterator[list[Batch]]:
     workers = min(section.workers, len(plan))
     reading = torch.full((max(1, workers),), -1)
     loader: Any = None
@@ -384,9 +404,9 @@ def _load(
                     generator=torch.Generator().manual_seed(plan[0][0].seed) if plan else None,
                 )
             )
-        for batch in loader:
-            dataset.count_bad(batch)
-            yield batch
+        for views in loader:
+            dataset.count_bad(views[0])
+            yield views
     except (RuntimeError, OSError) as error:
         if workers == 0:
             raise

@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import torch
 
-from dcdet.datasets.loader import DataSection, collate, network_image
+from dcdet.datasets.loader import DataSection, View, collate
 from dcdet.datasets.transforms import BadImage, read_image
 from dcdet.engine.checkpoint import load_weights
 from dcdet.engine.evaluate import detect
@@ -55,16 +55,17 @@ def demo(
         model.to(torch_device).eval()
         classes, category_ids = class_names(config, meta, weights)
         experiment = check(config)
+        views = experiment.test.views(experiment.data.resize)
         rows: list[dict[str, Any]] = []
         done = 0
         for path in paths:
             try:
-                image, batch = read_batch(path, experiment.data)
+                image, batches = read_views(path, experiment.data, views)
             except BadImage as error:
                 skipped[path] = str(error)
                 log.warning("skipped: %s: %s", _printable(path), error)
                 continue
-            [found] = detect(model, [batch], experiment.test.precision, torch_device)
+            [found] = detect(model, [batches], experiment.test.precision, torch_device)
             found = at_least(found, score_threshold)
             picture = free_path(output, picture_name(path))
             write_picture(picture, draw_detections(image, found, classes))
@@ -128,14 +129,19 @@ def class_names(config: Any, meta: dict[str, Any], weights: Path) -> tuple[list[
     return list(names), list(ids or range(1, number + 1))
 
 
-def read_batch(path: str, data: DataSection) -> tuple[np.ndarray, Batch]:
-    """An image file (H, W, 3) uint8 RGB, and the same as a batch of one; raises BadImage."""
+def read_views(
+    path: str, data: DataSection, views: Sequence[View]
+) -> tuple[np.ndarray, list[Batch]]:
+    """An image file (H, W, 3) uint8 RGB, and the same in each view, a batch of one; BadImage."""
     image = read_image(path, data.orientation, data.max_pixels)
-    size = image.shape[0], image.shape[1]
-    pixels, scale = network_image(image, data.resize, data.pad_images)
     nothing = torch.zeros(0, 4)
-    target = Target(path, size, nothing, torch.zeros(0, dtype=torch.int64), nothing)
-    return image, collate([Sample(pixels, target, scale, seed=0)], data.pad_multiple)
+    target = Target(path, image.shape[:2], nothing, torch.zeros(0, dtype=torch.int64), nothing)
+    batches = []
+    for view in views:
+        pixels, scale = view.of(image, data.pad_images)
+        sample = Sample(pixels, target, scale, 0, view.flip)
+        batches.append(collate([sample], data.pad_multiple))
+    return image, batches
 
 
 def at_least(found: Detections, score: float) -> Detections:

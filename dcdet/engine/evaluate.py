@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dcdet.datasets.loader import DetectionDataset, test_loader
+from dcdet.datasets.loader import DetectionDataset, ResizeSpec, View, test_loader
 from dcdet.engine.checkpoint import load_weights
 from dcdet.engine.runtime import (
     Precision,
@@ -33,10 +33,29 @@ log = logging.getLogger("dcdet.test")
 
 @dataclass(frozen=True)
 class TestSection:
-    """How a model is measured: the node of an evaluator, and the forward pass's precision."""
+    """How a model is measured, and how it looks at images.
+
+    Args:
+        evaluator: a node of role evaluator.
+        precision: the forward pass's.
+        scales: every image is shown at each of these sizes, and detections are chosen among what
+            is found at all of them; None: at `data.resize`.
+        flip: it is shown mirrored, too.
+    """
 
     evaluator: Mapping[str, Any]
     precision: Precision
+    scales: list[ResizeSpec] | None = None
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scales == []:
+            raise ValueError("scales: name at least one, or write null")
+
+    def views(self, resize: ResizeSpec) -> list[View]:
+        """What the network is shown of each image, where `data.resize` is `resize`."""
+        flips = (False, True) if self.flip else (False,)
+        return [View(scale, flip) for scale in self.scales or [resize] for flip in flips]
 
 
 def evaluate(config: Any, weights: Path, output: Path, *, device: str | None = None) -> int:
@@ -60,11 +79,12 @@ def _evaluate(config: Any, weights: Path, output: Path, runtime: Runtime) -> int
     if meta.get("classes", reader.classes) != reader.classes:
         log.warning("%s was trained for other class names: %s", weights, ", ".join(meta["classes"]))
     model.to(runtime.device).eval()
-    dataset = DetectionDataset(reader, data, training=False)
+    views = experiment.test.views(data.resize)
+    dataset = DetectionDataset(reader, data, training=False, views=views)
     evaluator = build(config.test.evaluator, "evaluator", reader=reader)
     start = time.perf_counter()
-    batches = test_loader(dataset, data, runtime.rank, runtime.world)
-    found = detect(model, batches, experiment.test.precision, runtime.device)
+    images = test_loader(dataset, data, runtime.rank, runtime.world)
+    found = detect(model, images, experiment.test.precision, runtime.device)
     parts = runtime.gather((found, dataset.bad))
     if runtime.rank:
         return 0
@@ -91,13 +111,14 @@ def _evaluate(config: Any, weights: Path, output: Path, runtime: Runtime) -> int
 
 
 def detect(
-    model: nn.Module, batches: Iterable[Batch], precision: Precision, device: torch.device
+    model: nn.Module, images: Iterable[list[Batch]], precision: Precision, device: torch.device
 ) -> list[Detections]:
-    """Detections of every image of `batches`, on the CPU."""
+    """Detections of every image, given as its views, on the CPU."""
     found = []
-    for batch in batches:
+    for views in images:
         with autocast(device, precision):
-            detections = cast(TwoStageDetector, model).predict(batch.to(device))
+            shown = [view.to(device) for view in views]
+            detections = cast(TwoStageDetector, model).predict(*shown)
         found += [
             replace(one, boxes=one.boxes.cpu(), scores=one.scores.cpu(), labels=one.labels.cpu())
             for one in detections

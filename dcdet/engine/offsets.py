@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dcdet import boxes as box_ops
+from dcdet.datasets.loader import View
 from dcdet.datasets.transforms import BadImage
 from dcdet.engine.checkpoint import load_weights
 from dcdet.engine.demo import (
@@ -28,7 +29,7 @@ from dcdet.engine.demo import (
     class_names,
     free_path,
     picture_name,
-    read_batch,
+    read_views,
     write_picture,
 )
 from dcdet.engine.evaluate import detect
@@ -64,14 +65,14 @@ def offsets(
     Each point gets a picture NAME-points.png, each detection one of its RoI's parts,
     NAME-parts.png; NAME-offsets.json holds the numbers in original image pixels. Shown are the best
     detections of at least `score_threshold`, and the points in their middles; without detections a
-    grid of four points. With `points` these are shown, and the detections around them. Nothing in
-    `output` is overwritten. The command's exit code returns. Raises UserError.
+    grid of four points. With `points` these are shown, and the detections around them. The image is
+    seen at `data.resize` alone. Nothing in `output` is overwritten. The command's exit code returns. Raises UserError.
     """
     if not 0 <= score_threshold <= 1:
         raise UserError("--score-threshold", f"must be from 0 to 1, got {score_threshold}")
     experiment = check(config)
     try:
-        pixels, batch = read_batch(image, experiment.data)
+        pixels, [batch] = read_views(image, experiment.data, [View(experiment.data.resize)])
     except BadImage as error:
         raise UserError(image, str(error)) from error
     height, width = pixels.shape[:2]
@@ -89,7 +90,7 @@ def offsets(
     precision = experiment.test.precision
     report: dict[str, Any] = {"image": image, "width": width, "height": height}
     with output_folder(output), autocast(torch_device, precision):
-        [found] = detect(model, [batch], precision, torch_device)
+        [found] = detect(model, [[batch]], precision, torch_device)
         found = at_least(found, score_threshold)
         if points:
             found = _select(found, _around(found.boxes, points))

@@ -7,15 +7,34 @@ from torch import Tensor
 
 from dcdet.errors import require
 from dcdet.ops.nms import batched_nms
+from dcdet.ops.soft_nms import Method, batched_soft_nms
+
+
+@dataclass(frozen=True)
+class SoftNMSSpec:
+    """Scores fall with the overlap: "gaussian" uses `sigma`, "linear" `iou` (ops/soft_nms.py)."""
+
+    method: Method
+    sigma: float = 0.5
+    iou: float = 0.3
+
+    def __post_init__(self) -> None:
+        require(self.sigma > 0, "sigma", "positive", self.sigma)
+        require(0 <= self.iou <= 1, "iou", "in [0, 1]", self.iou)
 
 
 @dataclass(frozen=True)
 class PostprocessSpec:
-    """Scores above `score_threshold` enter a class-wise NMS; the best `max_per_image` remain."""
+    """Scores above `score_threshold` enter a class-wise NMS; the best `max_per_image` remain.
+
+    With `soft_nms` that takes the place of the NMS at `nms_iou`, and no threshold cuts the lowered
+    scores, as in the 2017 release.
+    """
 
     score_threshold: float
     nms_iou: float
     max_per_image: int
+    soft_nms: SoftNMSSpec | None = None
 
     def __post_init__(self) -> None:
         require(0 <= self.score_threshold < 1, "score_threshold", "in [0, 1)", self.score_threshold)
@@ -29,6 +48,11 @@ def select(boxes: Tensor, scores: Tensor, spec: PostprocessSpec) -> tuple[Tensor
     roi, label = (scores > spec.score_threshold).nonzero(as_tuple=True)
     scores = scores[roi, label]
     boxes = boxes[roi] if boxes.dim() == 2 else boxes[roi, label]
+    if soft := spec.soft_nms:
+        kept, scores = batched_soft_nms(
+            boxes, scores, label, soft.method, soft.sigma, soft.iou, spec.max_per_image
+        )
+        return boxes[kept], scores, label[kept]
     kept = batched_nms(boxes, scores, label, spec.nms_iou)
     kept = kept[torch.argsort(scores[kept], descending=True, stable=True)][: spec.max_per_image]
     return boxes[kept], scores[kept], label[kept]

@@ -67,8 +67,23 @@ class TwoStageDetector(nn.Module):
         return losses | roi_losses, stats
 
     @torch.no_grad()
-    def predict(self, batch: Batch) -> list[Detections]:
-        """Detections of each image, in the original image's pixels."""
+    def predict(self, *views: Batch) -> list[Detections]:
+        """Detections of each image, in the original image's pixels.
+
+        Several views hold the same images, at other scales or mirrored: detections are chosen once,
+        among the candidates of all of them.
+        """
+        candidates = [self.candidates(view) for view in views]
+        result = []
+        for target, *parts in zip(views[0].targets, *candidates, strict=True):
+            boxes, scores = map(torch.cat, zip(*parts, strict=True))
+            result.append(Detections(target.image_id, *select(boxes, scores, self.postprocess)))
+        return result
+
+    @torch.no_grad()
+    def candidates(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """Boxes (R, 4) or (R, K, 4) in the original image's pixels, and scores (R, K), of all the
+        proposals of each image."""
         features = self.features(batch)
         proposals = self.rpn.proposals(self.rpn(features), batch.sizes, batch.scales)
         counts = [len(boxes) for boxes in proposals]
@@ -78,14 +93,15 @@ class TwoStageDetector(nn.Module):
         scores, boxes = self.roi_head.scores_and_boxes(self.roi_head(features, rois), rois)
         result = []
         per_image = zip(
-            boxes.split(counts), scores.split(counts), batch.sizes, batch.scales, batch.targets,
-            strict=True,
+            boxes.split(counts), scores.split(counts), batch.sizes, batch.scales,
+            batch.flips or [False] * len(counts), batch.targets, strict=True,
         )  # fmt: skip
-        for image_boxes, image_scores, size, scale, target in per_image:
+        for image_boxes, image_scores, size, scale, flip, target in per_image:
             image_boxes = box_ops.clip(image_boxes, size, self.pixels)
             image_boxes = box_ops.rescale(image_boxes, 1 / scale, self.pixels)
-            chosen = select(image_boxes, image_scores, self.postprocess)
-            result.append(Detections(target.image_id, *chosen))
+            if flip:
+                image_boxes = box_ops.flip(image_boxes, target.size[1])
+            result.append((image_boxes, image_scores))
         return result
 
     def features(self, batch: Batch) -> dict[str, Tensor]:

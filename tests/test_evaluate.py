@@ -1,0 +1,258 @@
+"""Testing at several scales and mirrored: what `dcdet test` and `dcdet demo` share."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from torch import Tensor
+
+from dcdet import build_model, load_config
+from dcdet.config import Config
+from dcdet.datasets import loader
+from dcdet.datasets.loader import DetectionDataset, ResizeSpec, View, test_loader
+from dcdet.engine import checkpoint, evaluate
+from dcdet.engine.demo import demo, read_views
+from dcdet.engine.setup import build_reader
+from dcdet.errors import UserError
+from dcdet.models.postprocess import select
+from dcdet.registry import check
+from dcdet.structures import Detections
+
+CONFIG = ROOT / "configs" / "quickstart" / "rfcn_r18_shapes.yaml"
+SCALES = "test.scales=[{short: 48, long: 64}, {short: 64, long: 96}, {short: 100, long: 110}]"
+CPU = torch.device("cpu")
+
+
+class World:
+    """A tiny shapes set and a network with random weights."""
+
+    def __init__(self, root: Path) -> None:
+        node = f"{{type: Shapes, root: {root}, split: %s, train_images: 1, test_images: 3}}"
+        self.overrides = [
+            f"data.train={node % 'train'}", f"data.test={node % 'test'}",
+            "data.resize={short: 64, long: 96}", "data.workers=0", "model.rpn.channels=32",
+            "model.roi_head.channels=32", "model.rpn.test.post_nms=12",
+        ]  # fmt: skip
+        self.weights = root / "weights.pth"
+        torch.manual_seed(0)
+        self.model = build_model(self.config()).eval()
+        build_reader(self.config(), "test")  # writes the set
+        checkpoint.save(self.weights, {"model": self.model.state_dict(), "meta": {}})
+
+    def config(self, *overrides: str) -> Config:
+        return load_config(CONFIG, [*self.overrides, *overrides])
+
+    def test(self, output: Path, *overrides: str) -> int:
+        return evaluate.evaluate(self.config(*overrides), self.weights, output, device="cpu")
+
+    def images(self) -> list[str]:
+        return [record.path for record in build_reader(self.config(), "test").records]
+
+    def detect(self, path: str, views: list[View]) -> Detections:
+        """What is found in one image file."""
+        batches = read_views(path, check(self.config()).data, views)[1]
+        return evaluate.detect(self.model, [batches], "fp32", CPU)[0]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("world"))
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    return json.loads((output / "detections.json").read_text())
+
+
+def table(found: Detections) -> Tensor:
+    return torch.cat([found.labels[:, None], found.boxes, found.scores[:, None]], 1)
+
+
+def same_rows(one: Tensor, two: Tensor, tolerance: float) -> bool:
+    """Whether each row of one has its like in the other, and there are as many."""
+    far = (one[:, None] - two[None]).abs().amax(-1)
+    return one.shape == two.shape and max(far.amin(0).max(), far.amin(1).max()) <= tolerance
+
+
+def test_views() -> None:
+    def views(**options: Any) -> list[View]:
+        return evaluate.TestSection({}, "fp32", **options).views(ResizeSpec(64, 96))
+
+    small, large = ResizeSpec(48, 64), ResizeSpec(128, 200)
+    assert views() == [(ResizeSpec(64, 96), False)]
+    assert views(flip=True) == [(ResizeSpec(64, 96), False), (ResizeSpec(64, 96), True)]
+    assert views(scales=[small, large]) == [(small, False), (large, False)]
+    assert len(views(scales=[small, large], flip=True)) == 4
+    with pytest.raises(ValueError, match="scales: name at least one"):
+        views(scales=[])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("test.scales=[]", "'scales' name at least one"),
+        ("test.scales=[[480, 800]]", r"'scales\[0\]' must be a mapping with short, long"),
+        ("test.scales=[{short: 480}]", r"'test\.scales\.0' lacks 'long'"),
+        ("test.flip=1", "'flip' must be true or false"),
+        ("model.postprocess.soft_nms=gaussian", "'soft_nms' must be a mapping with method, sigma"),
+        ("model.postprocess.soft_nms={method: hard}", "'method' must be gaussian or linear"),
+        ("model.postprocess.soft_nms={method: linear, iou: 2}", r"'iou' must be in \[0, 1\]"),
+    ],
+)
+def test_wrong_keys_are_found_before_anything_runs(
+    world: World, override: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        check(world.config(override))
+
+
+def test_the_one_scale_of_the_data_changes_nothing(world: World, tmp_path: Path) -> None:
+    assert world.test(tmp_path / "plain") == 0
+    assert len(rows(tmp_path / "plain")) > 20
+    assert world.test(tmp_path / "named", "test.scales=[{short: 64, long: 96}]") == 0
+    for name in ("detections.json", "metrics.json"):
+        files = [(tmp_path / output / name).read_bytes() for output in ("plain", "named")]
+        assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("soft", ["null", "{method: gaussian, sigma: 0.6}"])
+def test_one_choice_is_made_among_the_candidates_of_all_views(world: World, soft: str) -> None:
+    """Predictions of several views are those of all their candidates, made one by one."""
+    config = world.config(SCALES, "test.flip=true", f"model.postprocess.soft_nms={soft}")
+    experiment = check(config)
+    views = experiment.test.views(experiment.data.resize)
+    assert len(views) == 6
+    model = build_model(config).eval()
+    model.load_state_dict(world.model.state_dict())
+    path = world.images()[0]
+    _, batches = read_views(path, experiment.data, views)
+    sizes = [batch.sizes[0] for batch in batches]
+    assert sorted({min(size) for size in sizes}) == [48, 64, 88]  # 110 the long side of the last
+    assert [batch.flips for batch in batches] == [(False,), (True,)] * 3
+    [found] = evaluate.detect(model, [batches], "fp32", CPU)
+    parts = [model.candidates(batch)[0] for batch in batches]
+    boxes, scores = (torch.cat(part) for part in zip(*parts, strict=True))
+    assert len(boxes) == sum(len(part[0]) for part in parts) > 36
+    for ours, expected in zip(
+        (found.boxes, found.scores, found.labels),
+        select(boxes, scores, model.postprocess),
+        strict=True,
+    ):
+        assert torch.equal(ours, expected)
+    alone = model.predict(batches[0])[0]
+    assert not torch.equal(alone.scores, found.scores)
+
+
+@pytest.mark.parametrize("pixels", ["continuous", "inclusive"])
+def test_mirrored_images(world: World, tmp_path: Path, pixels: Any) -> None:
+    """A mirrored file seen mirrored gives the boxes of the file, mirrored.
+
+    The width is not a multiple of anything, so that resizing rounds it.
+    """
+    image = np.asarray(cv2.imread(world.images()[0]))[:, :147]
+    files = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    cv2.imwrite(files[0], image)
+    cv2.imwrite(files[1], image[:, ::-1])
+    resize = ResizeSpec(64, 96)
+    world.model.pixels, before = pixels, world.model.pixels
+    try:
+        plain = table(world.detect(files[0], [View(resize)]))
+        turned = table(world.detect(files[1], [View(resize, True)]))
+        both = [table(world.detect(file, [View(resize), View(resize, True)])) for file in files]
+    finally:
+        world.model.pixels = before
+    assert len(plain) > 5
+    mirrored = turned.clone()
+    mirrored[:, 1], mirrored[:, 3] = 147 - turned[:, 3], 147 - turned[:, 1]
+    assert same_rows(plain, mirrored, 1e-4)
+    assert not same_rows(plain, turned, 1.0)
+    mirrored = both[1].clone()
+    mirrored[:, 1], mirrored[:, 3] = 147 - both[1][:, 3], 147 - both[1][:, 1]
+    assert same_rows(both[0], mirrored, 1e-4)
+    assert not same_rows(both[0], plain, 1.0)
+
+
+def test_every_file_is_read_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = world.config(SCALES, "test.flip=true")
+    experiment, reader = check(config), build_reader(config, "test")
+    read: list[str] = []
+    own = loader.read_image
+    monkeypatch.setattr(
+        loader, "read_image", lambda path, *options: (read.append(path), own(path, *options))[1]
+    )
+    views = experiment.test.views(experiment.data.resize)
+    dataset = DetectionDataset(reader, experiment.data, training=False, views=views)
+    images = list(test_loader(dataset, experiment.data, 0, 1))
+    assert read == world.images()
+    for path, batches in zip(read, images, strict=True):
+        _, expected = read_views(path, experiment.data, views)
+        assert [batch.flips for batch in batches] == [batch.flips for batch in expected]
+        for ours, theirs in zip(batches, expected, strict=True):
+            assert torch.equal(ours.images, theirs.images)
+            assert ours.scales == theirs.scales
+
+
+def test_demo_finds_what_test_finds(world: World, tmp_path: Path) -> None:
+    options = [SCALES, "test.flip=true", "model.postprocess.soft_nms={method: linear}"]
+    assert world.test(tmp_path / "test", *options) == 0
+    code = demo(
+        world.config(*options), world.weights, world.images(), tmp_path / "demo",
+        score_threshold=0.0, device="cpu",
+    )  # fmt: skip
+    assert code == 0
+    ours, theirs = rows(tmp_path / "demo"), rows(tmp_path / "test")
+    assert len(ours) == len(theirs) > 100
+    for key in ("score", "bbox"):
+        assert [row[key] for row in ours] == [row[key] for row in theirs]
+
+
+def test_an_image_too_narrow_at_one_scale_is_left_out(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is named with the scale; what it could give at the others would be another measure."""
+    good, thin = tmp_path / "in" / "good.png", tmp_path / "in" / "thin.png"
+    good.parent.mkdir()
+    cv2.imwrite(str(good), np.full((60, 80, 3), 90, np.uint8))
+    cv2.imwrite(str(thin), np.full((700, 4, 3), 90, np.uint8))
+
+    def run(name: str, scales: str) -> int:
+        config = world.config(f"test.scales={scales}")
+        return demo(config, world.weights, [str(good.parent)], tmp_path / name, device="cpu")
+
+    assert run("one", "[{short: 64, long: 96}]") == 0
+    with caplog.at_level(logging.INFO, "dcdet"):
+        assert run("two", "[{short: 64, long: 96}, {short: 48, long: 64}]") == 1
+    assert f"skipped: {thin}: too narrow: 4 x 700 pixels times 0.0914" in caplog.text
+    assert "drew 1 of 2 images" in caplog.text
+
+
+def test_other_precision(world: World, tmp_path: Path) -> None:
+    options = [SCALES, "test.flip=true", "model.postprocess.soft_nms={method: gaussian}"]
+    assert world.test(tmp_path, *options, "test.precision=bf16") == 0
+    assert len(rows(tmp_path)) > 20
+
+
+def test_two_processes_find_what_one_finds(world: World, tmp_path: Path) -> None:
+    options = [SCALES, "test.flip=true", "model.postprocess.soft_nms={method: gaussian}"]
+    door = [str(ROOT / "tools" / "test.py"), str(CONFIG), *world.overrides, *options,
+            "--weights", str(world.weights), "--device", "cpu", "--output"]  # fmt: skip
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    for name, command in (("one", door), ("two", [*launch, *door])):
+        result = subprocess.run(
+            [sys.executable, *command, str(tmp_path / name)],
+            capture_output=True, text=True, timeout=240,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DCDET_TIMEOUT": "60"},
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+    one, two = (sorted(rows(tmp_path / n), key=lambda row: row["image_id"]) for n in ("one", "two"))
+    assert one == two
+    metrics = [(tmp_path / name / "metrics.json").read_bytes() for name in ("one", "two")]
+    assert metrics[0] == metrics[1]
