@@ -173,6 +173,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--device": {"choices": ("cpu", "cuda"), "help": "default: cuda where there is a GPU"},
     "--seed": {"type": _seed, "metavar": "N", "help": "instead of the config's seed"},
     "--weights": {"type": _existing_file, "metavar": "FILE", "help": "a checkpoint (needed)"},
+    "--config": {"type": Path, "metavar": "CONFIG", "help": "of the model to be filled (needed)"},
     "--score-threshold": {"type": _share, "metavar": "X", "default": 0.5, "help": "default: 0.5"},
     "--json": {"type": _new_file, "metavar": "FILE", "help": "write every figure to FILE, too"},
     "--quick": {"action": "store_true", "help": "small cases, to see that all works"},
@@ -231,6 +232,21 @@ def _demo(args: argparse.Namespace) -> int:
 
     threshold = args.score_threshold
     return demo(config, args.weights, inputs, output, score_threshold=threshold, device=args.device)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    usage = f"dcdet convert {COMMANDS['convert'].usage}"
+    if len(args.words) < 2 or args.config is None:
+        names = ("SOURCE", "DESTINATION")[len(args.words) :] or ("--config",)
+        raise UserError(COMMAND_LINE, f"{names[0]} is missing", usage)
+    try:
+        source, destination = _existing_file(args.words[0]), _new_file(args.words[1])
+    except argparse.ArgumentTypeError as error:
+        raise UserError(COMMAND_LINE, str(error)) from error
+    config = _checked(args.config, args.words[2:])
+    from dcdet.engine.convert import convert
+
+    return convert(config, source, destination, print)
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -307,6 +323,12 @@ COMMANDS = {
         ("--weights", "--output", "--score-threshold", "--device"),
         _demo,
     ),
+    "convert": Command(
+        "make a dcdet checkpoint of another framework's",
+        "SOURCE DESTINATION --config CONFIG [key.path=value ...]",
+        ("--config",),
+        _convert,
+    ),
     "check": Command(
         "read a whole data set and report everything wrong in it",
         "CONFIG [key.path=value ...]",
@@ -375,7 +397,7 @@ def _run(words: list[str]) -> int:
         option = unknown[0].partition("=")[0]
         raise UserError(COMMAND_LINE, f"{name} has no option '{option}'", suggest(option, options))
     args.words += extra
-    if "CONFIG" in command.usage and not args.words:
+    if command.usage.startswith("CONFIG") and not args.words:
         raise UserError(COMMAND_LINE, "CONFIG is missing", f"dcdet {name} {command.usage}")
     if "--weights" in options and args.weights is None:
         raise UserError(COMMAND_LINE, "--weights is missing", f"dcdet {name} {command.usage}")
@@ -391,10 +413,15 @@ def _overview() -> str:
 def _config(args: argparse.Namespace, overrides: list[str]) -> tuple[Config, Path]:
     """The checked config, and the output folder."""
     path = Path(args.words[0])
+    config = _checked(path, overrides)
+    # A run's own config.yaml belongs to that run's folder.
+    name = path.resolve().parent.name if path.name == "config.yaml" else path.stem
+    return config, getattr(args, "output", None) or Path("output") / name
+
+
+def _checked(path: Path, overrides: list[str]) -> Config:
     config = load_config(path, overrides)
     from dcdet.registry import check
 
     check(config)
-    # A run's own config.yaml belongs to that run's folder.
-    name = path.resolve().parent.name if path.name == "config.yaml" else path.stem
-    return config, getattr(args, "output", None) or Path("output") / name
+    return config

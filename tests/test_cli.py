@@ -52,7 +52,11 @@ def weights(tmp_path: Path) -> str:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("", "no command is given (known: train, test, demo, check, offsets, benchmark, doctor)"),
+        (
+            "",
+            "no command is given "
+            "(known: train, test, demo, convert, check, offsets, benchmark, doctor)",
+        ),
         ("trian", "no command 'trian' (did you mean 'train'?)"),
         ("--verison", "no option '--verison' (did you mean '--version'?)"),
         ("train", "CONFIG is missing (dcdet train CONFIG"),
@@ -95,6 +99,17 @@ def weights(tmp_path: Path) -> str:
         ("offsets {c} --weights {w} {w} --point -1,4", "--point: expected one argument"),
         ("offsets {c} --weights {w} {w} --pint 1,4", "did you mean '--point'?"),
         ("offsets {c} --weights {w} {w} --score-threshold 2", "from 0 to 1, got '2'"),
+        ("convert", "SOURCE is missing (dcdet convert SOURCE DESTINATION --config CONFIG"),
+        ("convert {w}", "DESTINATION is missing"),
+        ("convert {w} new.pth", "--config is missing"),
+        ("convert {w} new.pth --confgi {c}", "has no option '--confgi' (did you mean '--config'?)"),
+        ("convert nowhere.params new.pth --config {c}", "nowhere.params: no such file"),
+        ("convert . new.pth --config {c}", ".: is not a file"),
+        ("convert {w} . --config {c}", "must name a file, got '.'"),
+        ("convert {w} nowhere/x.pth --config {c}", "nowhere/x.pth: no folder '"),
+        ("convert {w} new.pth --config missing.yaml", "missing.yaml: no such file"),
+        ("convert {w} new.pth --config {c} modle.num_classes=3", "no key 'modle'"),
+        ("convert {w} new.pth third --config {c}", "'third' is not key.path=value"),
         ("doctor now", "doctor takes no 'now'"),
         ("benchmark", "what to measure is missing (known: ops)"),
         ("benchmark opps", "no benchmark 'opps' (did you mean 'ops'?)"),
@@ -122,9 +137,11 @@ def test_refused_at_once(
 def test_refusals_and_help_do_not_import_torch(weights: str) -> None:
     lines = [
         "--help", "--version", "train --help", "test --help", "demo --help", "check --help",
-        "doctor --help", "benchmark --help", "offsets --help", "benchmark train", "trian",
+        "convert --help", "doctor --help", "benchmark --help", "offsets --help",
+        "benchmark train", "trian",
         f"test {QUICKSTART} --weights nowhere",
-        f"demo {QUICKSTART} --weights {weights} .  seed=on", f"train {QUICKSTART} sede=1",
+        f"demo {QUICKSTART} --weights {weights} .  seed=on", f"convert {weights} x.pth",
+        f"train {QUICKSTART} sede=1",
     ]  # fmt: skip
     script = f"""
 import sys, dcdet, dcdet.cli

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     Raises MachineError when the disk is full or the folder cannot be written, DivergedError for
     values that are not finite.
     """
-    bad = _first_non_finite(state)
+    bad = first_non_finite(state)
     if bad:
         raise DivergedError(f"{path}: not saved: {bad} has non-finite values")
     state = {"format": FORMAT, **state}
@@ -123,8 +124,8 @@ def load_pretrained(backbone: nn.Module, source: str) -> None:
         if not path.is_file():
             raise UserError(
                 f"model.backbone.pretrained: {source}", "no such file",
-                "save ImageNet weights under torchvision's names there, or set it to torchvision "
-                "to download them, to null to train from scratch",
+                "model/README.md tells how to get and convert it; or set it to torchvision to "
+                "download today's weights, to null to train from scratch",
             )  # fmt: skip
         state = load(path)["model"]
     weights = _plain_names(state)
@@ -133,39 +134,70 @@ def load_pretrained(backbone: nn.Module, source: str) -> None:
         for name, value in weights.items()
         if not name.startswith("fc.") and not name.endswith("num_batches_tracked")
     }
-    own_offsets = {
+    copy_weights(backbone, {**own_parts(backbone), **weights}, path)
+
+
+def own_parts(backbone: nn.Module) -> dict[str, Tensor]:
+    """What a backbone has beyond pretrained weights: offset convolutions, and BatchNorm's count."""
+    return {
         name: value for name, value in backbone.state_dict().items()
         if ".offset." in name or name.endswith("num_batches_tracked")
     }  # fmt: skip
-    copy_weights(backbone, {**own_offsets, **weights}, path)
 
 
 def copy_weights(
     model: nn.Module, weights: dict[str, Tensor], source: Path, partial: bool = False
 ) -> None:
     """Copy `weights` into `model`, all of them, or with `partial` those that fit."""
-    own = model.state_dict()
-    missing = [name for name in own if name not in weights]
-    unused = [name for name in weights if name not in own]
-    shaped = [
-        f"{name} is {tuple(weights[name].shape)}, wanted {tuple(own[name].shape)}"
-        for name in own
-        if name in weights and weights[name].shape != own[name].shape
-    ]
-    fitting = {n: w for n, w in weights.items() if n in own and w.shape == own[n].shape}
-    summary = (
-        f"{len(fitting)} loaded, {len(missing)} missing{_first(missing)}, "
-        f"{len(unused)} unused{_first(unused)}, {len(shaped)} of another shape{_first(shaped)}"
-    )
-    if not fitting or (not partial and (missing or unused or shaped)):
-        raise UserError(source, f"weights do not fit this model: {summary}",
+    found = compare(model.state_dict(), weights)
+    if not found.fitting or (not partial and found.differ):
+        raise UserError(source, f"weights do not fit this model: {found}",
                         "is it the config they were trained with?")  # fmt: skip
-    bad = _first_non_finite(fitting)
+    bad = first_non_finite(found.fitting)
     if bad:
         raise UserError(source, f"{bad} has non-finite values")
     if partial:
-        log.warning("%s: %s", source, summary)
-    model.load_state_dict(fitting, strict=False)
+        log.warning("%s: %s", source, found)
+    model.load_state_dict(found.fitting, strict=False)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Weights beside those that a model has: `shaped` are those of another shape, described."""
+
+    fitting: dict[str, Tensor]
+    missing: list[str]
+    unused: list[str]
+    shaped: list[str]
+
+    @property
+    def differ(self) -> bool:
+        """Whether anything does not fit."""
+        return bool(self.missing or self.unused or self.shaped)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.fitting)} loaded, {len(self.missing)} missing{first(self.missing)}, "
+            f"{len(self.unused)} unused{first(self.unused)}, "
+            f"{len(self.shaped)} of another shape{first(self.shaped)}"
+        )
+
+
+def compare(
+    own: dict[str, Tensor], weights: dict[str, Tensor], entries: dict[str, str] | None = None
+) -> Comparison:
+    """What of `weights` fits the state dict `own`; `entries` may say how their file calls them."""
+    entries = entries or {}
+    return Comparison(
+        fitting={n: w for n, w in weights.items() if n in own and w.shape == own[n].shape},
+        missing=[name for name in own if name not in weights],
+        unused=[entries.get(name, name) for name in weights if name not in own],
+        shaped=[
+            f"{entries.get(n, n)} is {tuple(weights[n].shape)}, wanted {tuple(own[n].shape)}"
+            for n in own
+            if n in weights and weights[n].shape != own[n].shape
+        ],
+    )
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -200,17 +232,17 @@ def _plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def _first(names: list[str]) -> str:
+def first(names: list[str]) -> str:
+    """The first of some names in brackets, for a message."""
     return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
 
 
-def _first_non_finite(value: Any, name: str = "") -> str:
+def first_non_finite(value: Any, name: str = "") -> str:
+    """The name of a tensor with a NaN or an infinity in a nesting of dictionaries, or ""."""
     if isinstance(value, Tensor):
         return name if value.is_floating_point() and not bool(value.isfinite().all()) else ""
     if isinstance(value, dict):
-        found = (
-            _first_non_finite(item, f"{name}.{key}".lstrip(".")) for key, item in value.items()
-        )
+        found = (first_non_finite(item, f"{name}.{key}".lstrip(".")) for key, item in value.items())
         return next(filter(None, found), "")
     return ""
 

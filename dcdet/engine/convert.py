@@ -1,0 +1,153 @@
+"""Checkpoints of other frameworks in, a dcdet checkpoint out."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from dcdet.config import short
+from dcdet.datasets.coco import CATEGORY_IDS
+from dcdet.datasets.transforms import read_file
+from dcdet.engine import checkpoint
+from dcdet.errors import UserError
+from dcdet.models.build import build_model
+from dcdet.weights import Translated, mxnet
+
+MAX_BYTES = 8 << 30
+OFFICIAL_SET = re.compile(r"[a-z-]+20(14|15|17)")
+log = logging.getLogger("dcdet.convert")
+
+
+class Family(Protocol):
+    """What a module of dcdet/weights offers."""
+
+    def read(self, content: bytes, path: Path) -> dict[str, Any] | None:
+        """The entries of a file by name; None for a file of another family."""
+
+    def translate(self, arrays: dict[str, Any], box_std: Tensor | None, path: Path) -> Translated:
+        """The entries in dcdet's terms."""
+
+
+FAMILIES: dict[str, Family] = {"MXNet": mxnet}
+READ = "MXNet's .params files"
+
+
+def convert(config: Any, source: Path, destination: Path, report: Callable[[str], None]) -> int:
+    """Write the weights in `source` as a checkpoint for the config's model, or for its backbone
+    where the file has nothing else; `report` is given the lines to show.
+
+    The command's exit code returns. Raises UserError, before anything is written, for a file that
+    is not known, is damaged, or does not fit the config.
+    """
+    if destination.exists() and destination.samefile(source):
+        raise UserError(destination, "is the file that is to be converted", "name another")
+    try:
+        content = read_file(str(source), MAX_BYTES)
+    except OSError as error:
+        raise UserError(source, f"cannot be read: {error.strerror or error}") from error
+    name, arrays = _read(content, source)
+    model = build_model(config)
+    box_std = dict(model.named_buffers()).get("roi_head.box_std")
+    translated = FAMILIES[name].translate(arrays, box_std, source)
+    weights = _fitting(model, translated, source, config.where())
+    for key, wanted in translated.rules.items():
+        value = _look_up(config, key)
+        if value is not None and value != wanted:
+            log.warning("%s: %s is %s, these weights were trained with %s",
+                        config.where(key), key, short(value), short(wanted))  # fmt: skip
+    sha256 = hashlib.sha256(content).hexdigest()
+    meta = {
+        **_classes(config),
+        "config": config.plain(),
+        "origin": {"family": name, "file": source.name, "sha256": sha256},
+    }
+    checkpoint.save(destination, {"model": weights, "meta": meta})
+    only = translated.backbone_only
+    into = "model.backbone; offset convolutions start at zero" if only else "the whole model"
+    report(f"{source}: {name}, {len(arrays)} arrays, sha256 {sha256}")
+    report(f"{len(translated.values)} loaded into {into}")
+    report("0 missing")
+    report(f"{len(translated.unknown)} unused{checkpoint.first(translated.unknown)}")
+    for note in translated.notes:
+        report(note)
+    use = f"model.backbone.pretrained={destination}" if only else f"--weights {destination}"
+    report(f"written: {destination} (use it with {use})")
+    return 0
+
+
+def _read(content: bytes, source: Path) -> tuple[str, dict[str, Any]]:
+    """The name of the family, and its entries."""
+    for name, family in FAMILIES.items():
+        arrays = family.read(content, source)
+        if arrays is not None:
+            return name, arrays
+    try:
+        known = "format" in checkpoint.load(source)
+    except UserError:
+        known = False
+    if known:
+        raise UserError(source, "is a dcdet checkpoint already", "give it to --weights as it is")
+    raise UserError(source, "is not of a kind that can be converted", f"read are {READ}")
+
+
+def _fitting(
+    model: nn.Module, translated: Translated, source: Path, config: str
+) -> dict[str, Tensor]:
+    """The state dict to be saved, if nothing is missing or left over. Raises UserError."""
+    values, entries, target = translated.values, translated.entries, model
+    if translated.backbone_only:
+        target = model.get_submodule("backbone")
+        values = {name.removeprefix("backbone."): value for name, value in values.items()}
+        entries = {name.removeprefix("backbone."): entry for name, entry in entries.items()}
+    bad = checkpoint.first_non_finite(values)
+    if bad:
+        raise UserError(f"{source}: {entries[bad]}", "has non-finite values")
+    own = target.state_dict()
+    spare = checkpoint.own_parts(target)
+    if not translated.backbone_only:
+        spare = {name: value for name, value in spare.items() if ".offset." not in name}
+    found = checkpoint.compare(own, {**spare, **values}, entries)
+    for name in found.fitting.keys() & values.keys():
+        log.debug("loaded: %s from %s", name, entries[name])
+    for title, names in (
+        ("missing", found.missing), ("unused", found.unused + translated.unknown),
+        ("of another shape", found.shaped),
+    ):  # fmt: skip
+        for name in names:
+            log.debug("%s: %s", title, name)
+    if found.differ:
+        what = f"does not fit the model of {config}: {found}"
+        raise UserError(source, what, "is it the config that these weights were trained with?")
+    return values if translated.backbone_only else {**spare, **values}
+
+
+def _look_up(config: Any, key_path: str) -> Any:
+    for key in key_path.split("."):
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
+def _classes(config: Any) -> dict[str, Any]:
+    """Names and category ids of the labels, as entries of `meta`, as far as the config tells."""
+    names, test, number = config.data.classes, config.data.test, config.model.num_classes
+    official = test.type == "COCO" and all(
+        OFFICIAL_SET.fullmatch(part) for part in (test.get("image_set") or "").split("+")
+    )
+    if names is None and official and number == len(CATEGORY_IDS):
+        names = CATEGORY_IDS
+    if names is None:
+        return {}
+    if len(names) != number:
+        raise UserError(
+            config.where("data.classes"), f"{len(names)} names, but model.num_classes is {number}"
+        )
+    classes: dict[str, Any] = {"classes": list(names)}
+    if official and all(name in CATEGORY_IDS for name in names):
+        classes["category_ids"] = [CATEGORY_IDS[name] for name in names]
+    elif test.type != "COCO":  # whose ids stand in its annotation file
+        classes["category_ids"] = list(range(1, number + 1))
+    return classes
