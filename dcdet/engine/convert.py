@@ -106,12 +106,12 @@ def _fitting(
     bad = checkpoint.first_non_finite(values)
     if bad:
         raise UserError(f"{source}: {entries[bad]}", "has non-finite values")
-    own = target.state_dict()
     spare = checkpoint.own_parts(target)
     if not translated.backbone_only:
         spare = {name: value for name, value in spare.items() if ".offset." not in name}
-    found = checkpoint.compare(own, {**spare, **values}, entries)
-    for name in found.fitting.keys() & values.keys():
+    own = {n: v for n, v in target.state_dict().items() if n in values or n not in spare}
+    found = checkpoint.compare(own, values, entries)
+    for name in found.fitting:
         log.debug("loaded: %s from %s", name, entries[name])
     for title, names in (
         ("missing", found.missing), ("unused", found.unused + translated.unknown),
