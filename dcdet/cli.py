@@ -172,8 +172,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--resume": {"action": "store_true", "help": "continue from the newest good checkpoint"},
     "--device": {"choices": ("cpu", "cuda"), "help": "default: cuda where there is a GPU"},
     "--seed": {"type": _seed, "metavar": "N", "help": "instead of the config's seed"},
-    "--weights": {"type": _existing_file, "metavar": "FILE", "help": "a checkpoint (needed)"},
-    "--config": {"type": Path, "metavar": "CONFIG", "help": "of the model to be filled (needed)"},
+    "--weights": {
+        "type": _existing_file,
+        "metavar": "FILE",
+        "help": "a checkpoint; where a new run of train starts from",
+    },
+    "--config": {"type": Path, "metavar": "CONFIG", "help": "of the model to be filled"},
     "--score-threshold": {"type": _share, "metavar": "X", "default": 0.5, "help": "default: 0.5"},
     "--json": {"type": _new_file, "metavar": "FILE", "help": "write every figure to FILE, too"},
     "--quick": {"action": "store_true", "help": "small cases, to see that all works"},
@@ -200,7 +204,8 @@ def _train(args: argparse.Namespace) -> int:
     config, output = _config(args, args.words[1:] + seed)
     from dcdet.engine.train import train
 
-    return train(config, output, resume=args.resume, device=args.device)
+    weights, resume, device = args.weights, args.resume, args.device
+    return train(config, output, weights=weights, resume=resume, device=device)
 
 
 def _test(args: argparse.Namespace) -> int:
@@ -308,7 +313,7 @@ COMMANDS = {
     "train": Command(
         "train a model",
         "CONFIG [key.path=value ...]",
-        ("--output", "--resume", "--device", "--seed"),
+        ("--output", "--weights", "--resume", "--device", "--seed"),
         _train,
     ),
     "test": Command(
@@ -399,7 +404,7 @@ def _run(words: list[str]) -> int:
     args.words += extra
     if command.usage.startswith("CONFIG") and not args.words:
         raise UserError(COMMAND_LINE, "CONFIG is missing", f"dcdet {name} {command.usage}")
-    if "--weights" in options and args.weights is None:
+    if "--weights" in command.usage and args.weights is None:
         raise UserError(COMMAND_LINE, "--weights is missing", f"dcdet {name} {command.usage}")
     return command.run(args)
 

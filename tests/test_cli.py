@@ -62,7 +62,7 @@ def weights(tmp_path: Path) -> str:
         ("train", "CONFIG is missing (dcdet train CONFIG"),
         ("train --ouput x {c}", "train has no option '--ouput' (did you mean '--output'?)"),
         ("train {c} --resum", "train has no option '--resum' (did you mean '--resume'?)"),
-        ("train {c} --weights {w}", "train has no option '--weights'"),
+        ("train {c} --weights nowhere.pth", "--weights: nowhere.pth: no such file"),
         ("train {c} --seed -1", "--seed: must be a whole number"),
         ("train {c} --seed 1e3", "--seed: must be a whole number"),
         ("train {c} --seed", "--seed: expected one argument"),
@@ -257,12 +257,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_what_train_is_given(calls: list[Any]) -> None:
-    words = ["train", "--resume", QUICKSTART, "data.workers=0", "--seed", "7", "solver.lr=1e-3"]
+    words = ["train", "--resume", QUICKSTART, "data.workers=0", "--seed", "7", "solver.lr=1e-3",
+             "--weights", QUICKSTART]  # fmt: skip
     assert cli.main(words) == 0
     config, output, options = calls[0]
     assert (config.data.workers, config.seed, config.solver.lr) == (0, 7, 0.001)
     assert output == Path("output/rfcn_dcn_r18_shapes")
-    assert options == {"resume": True, "device": None}
+    assert options == {"weights": Path(QUICKSTART), "resume": True, "device": None}
 
 
 def test_a_runs_own_config_belongs_to_its_folder(calls: list[Any], tmp_path: Path) -> None:

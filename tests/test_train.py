@@ -109,6 +109,21 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(
     assert digests[0] == digests[1] != digests[2]
 
 
+def test_a_run_starts_from_weights(shapes: list[str], tmp_path: Path) -> None:
+    overrides = [*shapes, "solver.epochs=1"]
+    train(load_config(QUICKSTART, overrides), tmp_path / "first")
+    first = checkpoint.sorted_checkpoints(tmp_path / "first" / "checkpoints")[-1]
+    still = [*overrides, "solver.lr=1e-12", "seed=1"]
+    train(load_config(QUICKSTART, still), tmp_path / "second", weights=first)
+    before, after = checkpoint.load(first), weights(tmp_path / "second")
+    for name in ("backbone.conv1.weight", "rpn.score.weight", "roi_head.score_offset.bias"):
+        torch.testing.assert_close(after["model"][name], before["model"][name])
+    assert after["step"] == 2
+    other = load_config(QUICKSTART, [*still, "model.roi_head.channels=16"])
+    with pytest.raises(UserError, match="weights do not fit"):
+        train(other, tmp_path / "third", weights=first)
+
+
 def test_a_killed_run_resumes_to_the_same_bits(shapes: list[str], tmp_path: Path) -> None:
     """kill -9 in mid-epoch of a run with worker processes; then --resume."""
     overrides = [*shapes, "data.workers=1", "solver.epochs=12", "solver.checkpoint_every=0.5",

@@ -48,25 +48,35 @@ class State:
     step: int = 0
 
 
-def train(config: Any, output: Path, *, resume: bool = False, device: str | None = None) -> int:
+def train(
+    config: Any,
+    output: Path,
+    *,
+    weights: Path | None = None,
+    resume: bool = False,
+    device: str | None = None,
+) -> int:
     """Train the config's model; results go to `output`. The command's exit code returns.
 
-    Raises UserError, DivergedError, MachineError.
+    A new run starts from the checkpoint `weights` where one is given, instead of a pretrained
+    backbone. Raises UserError, DivergedError, MachineError.
     """
     with ExitStack() as stack:
         run = stack.enter_context(runtime.processes(device))
         if run.rank == 0:
             stack.enter_context(runtime.output_folder(output))
-        return _train(config, output, resume, run, stack.enter_context(Signals()))
+        return _train(config, output, weights, resume, run, stack.enter_context(Signals()))
 
 
-def _train(config: Any, output: Path, resume: bool, run: Runtime, signals: Signals) -> int:
+def _train(
+    config: Any, output: Path, weights: Path | None, resume: bool, run: Runtime, signals: Signals
+) -> int:
     experiment = check(config)
     data, solver = experiment.data, experiment.solver
     runtime.seed_everything(config.seed + run.rank)
     reader = build_reader(config, "train")
     dataset = DetectionDataset(reader, data, training=True)
-    state, meta = _start(config, output, resume, run, solver, reader)
+    state, meta = _start(config, output, weights, resume, run, solver, reader)
     per_epoch = steps_per_epoch(dataset, data)
     steps = max(1, round(solver.epochs * per_epoch))
     save_every = max(1, round(solver.checkpoint_every * per_epoch))
@@ -131,8 +141,9 @@ def _train(config: Any, output: Path, resume: bool, run: Runtime, signals: Signa
 
 
 def _start(
-    config: Any, output: Path, resume: bool, run: Runtime, solver: SolverSection, reader: Any
-) -> tuple[State, dict[str, Any]]:
+    config: Any, output: Path, weights: Path | None, resume: bool, run: Runtime,
+    solver: SolverSection, reader: Any,
+) -> tuple[State, dict[str, Any]]:  # fmt: skip
     """Model and optimiser, new or as the newest whole checkpoint has them; and meta data."""
     model = build_model(config)
     folder = output / "checkpoints"
@@ -143,7 +154,9 @@ def _start(
         raise UserError(output, "holds the checkpoints of another run",
                         "continue it with --resume, or choose another --output")  # fmt: skip
     pretrained = config.model.backbone.get("pretrained")
-    if found is None and pretrained:
+    if found is None and weights:
+        checkpoint.load_weights(model, weights)
+    elif found is None and pretrained:
         checkpoint.load_pretrained(model.get_submodule("backbone"), pretrained)
     model.to(run.device).train()
     scaler = torch.amp.GradScaler(run.device.type, enabled=solver.precision == "fp16")
