@@ -197,10 +197,10 @@ def test_other_files_are_refused(entries: Entries, tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.zeros(1)}, bare)
     whole = params_bytes(entries)
     for content, message in (
-        (b"", "is not of a kind that can be converted .*MXNet's .params"),
-        (b"<html>sign in to download</html>", "is not of a kind"),
-        (b"\x80\x04cos\nsystem\n", "is not of a kind"),
-        (bare.read_bytes(), "is not of a kind"),
+        (b"", "is of no kind that convert reads .*MXNet's .params"),
+        (b"<html>sign in to download</html>", "is of no kind"),
+        (b"\x80\x04cos\nsystem\n", "is of no kind"),
+        (bare.read_bytes(), "is of no kind"),
         (ours.read_bytes(), "is a dcdet checkpoint already"),
         (whole[:-1000], r"source: \w+ \d+ of \d+: cut off"),
         (whole[: len(whole) // 2], r"source: array \d+ of \d+: cut off"),

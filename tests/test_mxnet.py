@@ -18,10 +18,12 @@ from params_files import CODES, array_bytes, file_bytes, params_bytes
 
 from dcdet import build_model, load_config
 from dcdet.errors import UserError
-from dcdet.weights.mxnet import own_name, read, translate
+from dcdet.weights.mxnet import MODULES, own_name, read, translate
 
 FILE = Path("some.params")
 RFCN_DCN = ROOT / "configs" / "rfcn" / "rfcn_dcn_r101_coco.yaml"
+RELEASED = sorted((ROOT / "configs").glob("*/*_r101_*.yaml"))
+RECORDED = [path for path in RELEASED if path.stem in ("rfcn_dcn_r101_coco", "fpn_dcn_r101_coco")]
 STD = (0.1, 0.1, 0.2, 0.2)
 SMALL = {
     "arg:w": np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2),
@@ -224,25 +226,34 @@ def test_names_of_the_release() -> None:
         assert own_name(strange) is None, strange
 
 
-@pytest.fixture(scope="module")
-def rfcn_dcn() -> torch.nn.Module:
-    """Shapes without memory."""
+def shapes_of(config: Path) -> dict[str, tuple[int, ...]]:
+    """The state dict's shapes; nothing is allocated."""
     with torch.device("meta"):
-        return build_model(load_config(RFCN_DCN))
+        model = build_model(load_config(config))
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
-def test_every_name_of_rfcn_comes_back(rfcn_dcn: torch.nn.Module) -> None:
-    for name in rfcn_dcn.state_dict():
+def test_every_name_of_rfcn_comes_back() -> None:
+    for name in shapes_of(RFCN_DCN):
         assert own_name(release_name(name)) == name
 
 
-@pytest.mark.parametrize("network", ["rfcn_dcn", "fpn_dcn"])
-def test_every_recorded_parameter_has_a_place_of_its_own(shared: Path, network: str) -> None:
+@pytest.mark.parametrize("config", RELEASED, ids=lambda path: path.stem)
+def test_every_module_of_the_released_detectors_has_a_name(config: Path) -> None:
+    modules = {name.rpartition(".")[0] for name in shapes_of(config)}
+    heads = {module for module in modules if not module.startswith("backbone.")}
+    assert heads
+    assert heads <= set(MODULES.values())
+
+
+@pytest.mark.parametrize("config", RECORDED, ids=lambda path: path.stem)
+def test_recorded_parameters_are_those_of_the_model(shared: Path, config: Path) -> None:
+    network = config.stem.removesuffix("_r101_coco")
     recorded = json.loads((shared / f"golden/nets/{network}.json").read_text())["params"]
-    names = [*recorded["arg"], *recorded["aux"]]
-    ours = [own_name(name) for name in names]
-    assert None not in ours
-    assert len(set(ours)) == len(names) > 500
+    names = {**recorded["arg"], **recorded["aux"]}
+    theirs = {own_name(name): tuple(shape) for name, shape in names.items()}
+    assert len(theirs) == len(names)
+    assert theirs == shapes_of(config)
 
 
 def test_a_recorded_network_has_the_models_values(shared: Path) -> None:

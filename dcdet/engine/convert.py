@@ -33,7 +33,7 @@ class Family(Protocol):
 
 
 FAMILIES: dict[str, Family] = {"MXNet": mxnet}
-READ = "MXNet's .params files"
+READ = "it reads MXNet's .params files"
 
 
 def convert(config: Any, source: Path, destination: Path, report: Callable[[str], None]) -> int:
@@ -91,7 +91,7 @@ def _read(content: bytes, source: Path) -> tuple[str, dict[str, Any]]:
         known = False
     if known:
         raise UserError(source, "is a dcdet checkpoint already", "give it to --weights as it is")
-    raise UserError(source, "is not of a kind that can be converted", f"read are {READ}")
+    raise UserError(source, "is of no kind that convert reads", READ)
 
 
 def _fitting(
