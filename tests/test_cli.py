@@ -159,7 +159,7 @@ else:
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("usage: dcdet") == 8
+    assert done.stdout.count("usage: dcdet") == 9
 
 
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))

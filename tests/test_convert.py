@@ -47,7 +47,7 @@ def entries_of(state: dict[str, torch.Tensor], box_test: bool) -> Entries:
     """As the release saves a network: arg:, aux:, and box weights for its test network."""
     entries = {}
     for name, value in state.items():
-        key = ("aux:" if "running" in name else "arg:") + release_name(name)
+        key = ("aux:" if "running" in name else "arg:") + release_name(name, "rfcn")
         entries[key] = value.numpy()
         if box_test and name.startswith("roi_head.delta."):
             rows = STD.repeat(2).repeat_interleave(len(value) // 8)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dcdet.boxes import rescale
-from dcdet.datasets.loader import ResizeSpec
+from dcdet.datasets.loader import ResizeSpec, View
 from dcdet.engine import demo as demo_module
 from dcdet.engine import evaluate
 from dcdet.engine.demo import class_names, demo, find_images, free_path, picture_name, write_picture
@@ -97,7 +97,9 @@ def rows_of(output, name="detections.json"):
 def test_the_network_sees_what_it_was_trained_on(config, tmp_path):
     """Black pixels that count as image, as in training."""
     config.data.pad_images = 64
-    _, batch = demo_module.read_batch(str(write_image(tmp_path / "a.png")), config.data)
+    views = [View(config.data.resize)]
+    path = str(write_image(tmp_path / "a.png"))
+    _, [batch] = demo_module.read_views(path, config.data, views)
     assert batch.sizes == [(256, 320)]
     assert batch.images.shape == (1, 3, 256, 320)
     assert batch.images[0, :, :200, :300].min() > 0

@@ -114,7 +114,7 @@ def test_black_pixels_count_as_image(tmp_path: Path) -> None:
         spec = section(resize=ResizeSpec(10, 100), pad_images=multiple)
         reader = VOC(str(tmp_path), "train", ["cat"], "inclusive")
         dataset = DetectionDataset(reader, spec, training=True)
-        found[multiple] = collate([dataset.sample(dataset.pick(0, 5, 0), dataset.records[0])], 1)
+        found[multiple] = collate(dataset.samples(dataset.pick(0, 5, 0), dataset.records[0]), 1)
     plain, padded = found[1], found[32]
     assert plain.sizes == [(10, 14)]
     assert padded.sizes == [(32, 32)]

@@ -235,7 +235,7 @@ def shapes_of(config: Path) -> dict[str, tuple[int, ...]]:
 
 def test_every_name_of_rfcn_comes_back() -> None:
     for name in shapes_of(RFCN_DCN):
-        assert own_name(release_name(name)) == name
+        assert own_name(release_name(name, "rfcn")) == name
 
 
 @pytest.mark.parametrize("config", RELEASED, ids=lambda path: path.stem)
@@ -260,7 +260,7 @@ def test_a_recorded_network_has_the_models_values(shared: Path) -> None:
     """As the release saves it (X and X_test), and as the test network alone: the same weights as
     those of the golden tests, whose names and scales stand in `golden.py`."""
     model = build_model(load_config(RFCN_DCN))
-    wanted = release_weights(model, shared, "rfcn_dcn", torch.tensor(STD))
+    wanted = release_weights(model, shared, "rfcn_dcn", test_time=True)
     param = load_param_module(shared).param
     recorded = json.loads((shared / "golden/nets/rfcn_dcn.json").read_text())["params"]
     arrays = {

@@ -1,8 +1,8 @@
 """torchvision's Faster R-CNN (ResNet, FPN) on a config's data, for figures beside dcdet's.
 
 `python tools/torchvision_baseline.py CONFIG [key.path=value ...] --output DIR` takes batches,
-schedule and evaluator from the config, as `dcdet train` and `dcdet test` do, and of its model, which
-must have an FPN, the depth and the sizes of the anchors. All else is torchvision's default.
+schedule and evaluator from the config, as `dcdet train` and `dcdet test` do, and of its model,
+which must have an FPN, the depth and the sizes of the anchors. All else is torchvision's default.
 """
 
 import argparse
@@ -100,7 +100,8 @@ def evaluate(config: Any, model: nn.Module) -> dict[str, Any]:
     reader = build_reader(config, "test")
     evaluator = build(config.test.evaluator, "evaluator", reader=reader)
     model.eval()
-    for batch in test_loader(DetectionDataset(reader, data, training=False), data, 0, 1):
+    dataset = DetectionDataset(reader, data, training=False)
+    for [batch] in test_loader(dataset, data, 0, 1):
         images, _ = images_and_targets(batch)
         for found, scale, target in zip(model(images), batch.scales, batch.targets, strict=True):
             boxes = box_ops.rescale(found["boxes"], 1 / scale, config.model.pixels)

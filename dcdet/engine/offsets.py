@@ -66,7 +66,8 @@ def offsets(
     NAME-parts.png; NAME-offsets.json holds the numbers in original image pixels. Shown are the best
     detections of at least `score_threshold`, and the points in their middles; without detections a
     grid of four points. With `points` these are shown, and the detections around them. The image is
-    seen at `data.resize` alone. Nothing in `output` is overwritten. The command's exit code returns. Raises UserError.
+    seen at `data.resize` alone. Nothing in `output` is overwritten. The command's exit code
+    returns. Raises UserError.
     """
     if not 0 <= score_threshold <= 1:
         raise UserError("--score-threshold", f"must be from 0 to 1, got {score_threshold}")
