@@ -104,8 +104,8 @@ def load_weights(model: nn.Module, path: str | Path, partial: bool = False) -> d
 def load_pretrained(backbone: nn.Module, source: str) -> None:
     """ImageNet weights under torchvision's names, from a file or, for "torchvision", from its hub.
 
-    `dcdet convert` writes such files from those of other frameworks.
-    Classifier weights are left out; offset convolutions keep their zeros. Raises UserError.
+    `dcdet convert` makes such files of other frameworks'. Classifier weights are left out; offset
+    convolutions keep their zeros. Raises UserError.
     """
     if source == "torchvision":
         from torchvision.models import get_model_weights

@@ -67,7 +67,7 @@ def convert(config: Any, source: Path, destination: Path, report: Callable[[str]
     }
     checkpoint.save(destination, {"model": weights, "meta": meta})
     only = translated.backbone_only
-    into = "model.backbone; offset convolutions start at zero" if only else "the whole model"
+    into = "model.backbone, the file has nothing else" if only else "the whole model"
     report(f"{source}: {name}, {len(arrays)} arrays, sha256 {sha256}")
     report(f"{len(translated.values)} loaded into {into}")
     report("0 missing")

@@ -215,11 +215,11 @@ def translate(arrays: dict[str, np.ndarray], box_std: Tensor | None, path: Path)
         tensors = {test: _tensor(arrays[entry], f"{path}: {entry}") for test, entry in pair.items()}
         if len({value.shape for value in tensors.values()}) > 1:
             raise UserError(f"{path}: {' and '.join(pair.values())}", "have other shapes")
-        entries[own] = next(iter(pair.values()))
-        scale = _box_scale(own, entries[own], next(iter(tensors.values())), box_std)
+        entries[own] = pair[min(pair)]  # X, if it is there
+        scale = _box_scale(own, entries[own], tensors[min(pair)], box_std)
         values[own], note = _training_weight(tensors.get(False), tensors.get(True), scale)
         if note:
-            notes.append(f"{' and '.join(pair.values())}: {note}")
+            notes.append(f"{entries[own]}: {note}")
     heads = any(not own.startswith("backbone.") for own in values)
     return Translated(values, entries, unknown, notes, RULES if heads else BACKBONE_RULES)
 
@@ -254,7 +254,8 @@ def _training_weight(
         # Another std than the config's, or a mean, leaves only X_test right.
         if torch.allclose(wanted, test, rtol=1e-2, atol=1e-5):
             return plain, ""
-        return test / scale, "do not differ by model.roi_head.box_std; the latter is taken"
+        note = "its _test is not it times model.roi_head.box_std; the _test is taken"
+        return test / scale, note
     only = test if plain is None else plain
     assert only is not None
     if isinstance(scale, float):
