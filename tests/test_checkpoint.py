@@ -230,3 +230,20 @@ def test_torchvision_weights_fit_our_backbone(tmp_path: Path) -> None:
             )
         )
         torch.testing.assert_close(ours(x)["c5"], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_the_backbone_of_a_detector_is_taken(tmp_path: Path) -> None:
+    from dcdet.models.resnet import DeformSpec, ResNet
+
+    deform = DeformSpec({"c5": [-1]}, 1, False, "zero", None)
+    theirs, ours = (ResNet(18, "3x3", "bn", "pad", False, 0, deform, None) for _ in range(2))
+    nn.init.normal_(theirs.layer4[1].conv2.offset.weight)
+    detector = {f"backbone.{name}": value for name, value in theirs.state_dict().items()}
+    path = tmp_path / "detector.pth"
+    checkpoint.save(path, {"model": {**detector, "rpn.conv.weight": torch.zeros(3)}})
+    checkpoint.load_pretrained(ours, str(path))
+    for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    plain = ResNet(18, "3x3", "bn", "pad", False, 0, None, None)
+    with pytest.raises(UserError, match="offset"):
+        checkpoint.load_pretrained(plain, str(path))

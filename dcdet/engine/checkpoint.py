@@ -130,10 +130,12 @@ def load_pretrained(backbone: nn.Module, source: str) -> None:
             )  # fmt: skip
         state = load(path)["model"]
     weights = _plain_names(state)
+    prefix = "backbone." if any(name.startswith("backbone.") for name in weights) else ""
     weights = {
-        name.removeprefix("backbone."): value
+        name.removeprefix(prefix): value
         for name, value in weights.items()
-        if not name.startswith("fc.") and not name.endswith("num_batches_tracked")
+        if name.startswith(prefix) and not name.startswith("fc.")
+        if not name.endswith("num_batches_tracked")
     }
     copy_weights(backbone, {**own_parts(backbone), **weights}, path)
 
