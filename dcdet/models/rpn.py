@@ -130,8 +130,10 @@ class RPNHead(nn.Module):
             anchors.append(grid.view(-1, 4))
             row = torch.arange(height, device=hidden.device).view(-1, 1, 1)
             column = torch.arange(width, device=hidden.device).view(1, -1, 1)
-            place = torch.stack(torch.broadcast_tensors(torch.tensor(stride), row, column), dim=-1)
-            cells.append(place.expand(height, width, grid.shape[2], 3).reshape(-1, 3))
+            place = torch.broadcast_tensors(row.new_tensor(stride), row, column)
+            cells.append(
+                torch.stack(place, -1).expand(height, width, grid.shape[2], 3).reshape(-1, 3)
+            )
         return RPNOutput(
             torch.cat(scores, 1).float(), torch.cat(deltas, 1).float(),
             torch.cat(anchors), torch.cat(cells),
