@@ -110,7 +110,7 @@ class BoxHead(RoIHead):
 
         A RoI of 224 x 224 pixels goes to stride 16, one of twice the side to twice the stride.
         """
-        side = box_ops.area(rois[:, 1:]).sqrt()
+        side = box_ops.area(rois[:, 1:]).clamp(min=0).sqrt()
         # In float32, which decides about sides a hair below a border, as in the release.
         level = math.log2(16 / self.strides[0]) + torch.log2(side / 224)
         return level.floor().clamp(0, len(self.strides) - 1).long()
