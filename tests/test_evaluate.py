@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,8 +193,10 @@ def test_every_file_is_read_once(world: World, monkeypatch: pytest.MonkeyPatch) 
     dataset = DetectionDataset(reader, experiment.data, training=False, views=views)
     images = list(test_loader(dataset, experiment.data, 0, 1))
     assert read == world.images()
-    for path, batches in zip(read, images, strict=True):
+    forked = list(test_loader(dataset, replace(experiment.data, workers=2), 0, 1))
+    for path, batches, others in zip(read, images, forked, strict=True):
         _, expected = read_views(path, experiment.data, views)
+        assert all(torch.equal(a.images, b.images) for a, b in zip(batches, others, strict=True))
         assert [batch.flips for batch in batches] == [batch.flips for batch in expected]
         for ours, theirs in zip(batches, expected, strict=True):
             assert torch.equal(ours.images, theirs.images)
