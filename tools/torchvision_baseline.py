@@ -53,7 +53,7 @@ def train(config: Any) -> nn.Module:
     """The trained model; same batches, steps and learning rates as `dcdet train`."""
     from dcdet.datasets.loader import DetectionDataset, steps_per_epoch, train_loader
     from dcdet.engine import solver
-    from dcdet.engine.runtime import seed_everything
+    from dcdet.engine.runtime import autocast, seed_everything
     from dcdet.engine.setup import build_reader
     from dcdet.registry import check
 
@@ -72,7 +72,8 @@ def train(config: Any) -> nn.Module:
             step += 1
             now = solver.learning_rate(step, rate, section.warmup, milestones, section.lr_factor)
             solver.set_learning_rate(optimizer, now)
-            losses = model(*images_and_targets(batch))
+            with autocast(torch.device("cpu"), section.precision):
+                losses = model(*images_and_targets(batch))
             loss = torch.stack(list(losses.values())).sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
