@@ -1,8 +1,9 @@
 """torchvision's Faster R-CNN (ResNet, FPN) on a config's data, for figures beside dcdet's.
 
 `python tools/torchvision_baseline.py CONFIG [key.path=value ...] --output DIR` takes batches,
-schedule and evaluator from the config, as `dcdet train` and `dcdet test` do, and of its model,
-which must have an FPN, the depth and the sizes of the anchors. All else is torchvision's default.
+schedule, precision and evaluator from the config, as `dcdet train` and `dcdet test` do, and of its
+model, which must have an FPN, the depth, the sizes of the anchors, the numbers of proposals and of
+RoIs in the loss, and how detections are chosen. All else is torchvision's default.
 """
 
 import argparse
@@ -32,10 +33,16 @@ def build_torchvision(config: Any) -> nn.Module:
         backbone_name=f"resnet{model.backbone.depth}", weights=None, trainable_layers=5,
         norm_layer=nn.BatchNorm2d,
     )  # fmt: skip
+    rpn, head, chosen = model.rpn, model.roi_head, model.postprocess
     return FasterRCNN(
         backbone, num_classes=1 + model.num_classes, min_size=resize.short, max_size=resize.long,
         image_mean=[mean / 255 for mean in model.pixel_mean],
         image_std=[std / 255 for std in model.pixel_std], rpn_anchor_generator=anchors,
+        rpn_pre_nms_top_n_train=rpn.train.pre_nms, rpn_post_nms_top_n_train=rpn.train.post_nms,
+        rpn_pre_nms_top_n_test=rpn.test.pre_nms, rpn_post_nms_top_n_test=rpn.test.post_nms,
+        box_batch_size_per_image=head.hard_examples or head.samples.number,
+        box_score_thresh=chosen.score_threshold, box_nms_thresh=chosen.nms_iou,
+        box_detections_per_img=chosen.max_per_image,
     )  # fmt: skip
 
 
