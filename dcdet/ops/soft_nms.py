@@ -32,12 +32,12 @@ def soft_nms(
     max_outputs: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Boxes by their lowered scores, best first: boxes (N, 4), scores (N,), none negative ->
-    indices (M,) int64, new scores (M,); M is N, or `max_outputs` if that is less.
+    indices (M,) int64, new scores (M,); M is `max_outputs`, or all where that is None or more.
 
-    A score is multiplied with exp(-iou^2 / sigma) by the method "gaussian", and by "linear" with
-    1 - iou where the IoU is at least `iou_threshold`. Computed in float64 on the CPU, where a step
-    takes less time than a kernel's launch; without gradients. Dropped non-finite rows are counted
-    in the log, at level debug. Raises TypeError and ValueError, naming the argument.
+    A score is multiplied by exp(-iou^2 / sigma) with method "gaussian"; with "linear", by
+    1 - iou where the IoU is at least `iou_threshold`. Computed in float64 and, as every step is
+    small and needs the one before, on the CPU; without gradients. Dropped non-finite rows are
+    counted in the log, at level debug. Raises TypeError and ValueError, naming the argument.
     """
     checks.scored_boxes("soft_nms", boxes, scores)
     weigh = _weight("soft_nms", method, sigma, iou_threshold)
