@@ -79,8 +79,6 @@ def test_the_figures_fit_together(quick: tuple[str, Any]) -> None:
             assert figures["gflops_share"] == pytest.approx(figures["gflops"] / gflops)
             gbytes = ceilings["gbytes_per_s"]
             assert figures["gbytes_share"] == pytest.approx(figures["gbytes_per_s"] / gbytes)
-        both = case["forward_backward"]["ours"]["min_ms"]
-        assert both > case["forward"]["ours"]["min_ms"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")

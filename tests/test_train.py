@@ -82,7 +82,7 @@ def test_every_shipped_config_trains_and_tests(
     overrides = [
         *shapes, "model.num_classes=4", "data.classes=null", "model.backbone.depth=18",
         "model.backbone.pretrained=null", "solver.epochs=1", "solver.checkpoint_every=1",
-        "data.max_bad_images=0.5",
+        "data.max_bad_images=0.5", "test.scales=null",
     ]  # fmt: skip
     if "rfcn" not in path.stem:
         head = "model.roi_head.channels", "model.roi_head.hidden_channels"
