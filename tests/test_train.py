@@ -197,7 +197,7 @@ def test_divergence_ends_with_code_3_and_good_checkpoints(
     assert caught.value.exit_code == 3
     for path in checkpoint.sorted_checkpoints(tmp_path / "checkpoints"):
         state = checkpoint.load(path)
-        assert not checkpoint._first_non_finite(state)
+        assert not checkpoint.first_non_finite(state)
 
 
 def test_a_bad_step_changes_nothing(
