@@ -5,12 +5,16 @@ and y2 are 1 larger, so one set of formulas serves both worlds. The two places w
 really differ, clipping and rescaling, take `pixels`: "inclusive" or "continuous".
 """
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Pixels = Literal["inclusive", "continuous"]
+DeltaLimit = Literal["none", "high", "both"]
+
+MAX_LOG_RATIO = math.log(1000 / 16)
 
 
 def area(boxes: Tensor) -> Tensor:
@@ -53,16 +57,22 @@ def encode(boxes: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([(target_centres - centres) / sizes, torch.log(target_sizes / sizes)], dim=-1)
 
 
-def decode(boxes: Tensor, deltas: Tensor) -> Tensor:
+def decode(boxes: Tensor, deltas: Tensor, limit: DeltaLimit = "none") -> Tensor:
     """Apply deltas (N, 4) or (N, K, 4) to boxes (N, 4) -> the same shape as deltas.
 
-    dw and dh are not bounded, as in the 2017 release: a box may become infinite.
+    `limit` bounds dw and dh: "none", as in the 2017 release, where a box may become infinite;
+    "high" to at most log(1000 / 16), as torchvision and detectron2; "both" to at least its
+    negative, too, as mmdetection.
     """
     if deltas.dim() == 3:
         boxes = boxes[:, None]
     centres, sizes = _centres_and_sizes(boxes)
     centres = centres + deltas[..., :2] * sizes
-    half = 0.5 * sizes * deltas[..., 2:].exp()
+    ratios = deltas[..., 2:]
+    if limit != "none":
+        lowest = -MAX_LOG_RATIO if limit == "both" else None
+        ratios = ratios.clamp(lowest, MAX_LOG_RATIO)
+    half = 0.5 * sizes * ratios.exp()
     return torch.cat([centres - half, centres + half], dim=-1)
 
 

@@ -34,13 +34,16 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # What the code knows and hands over itself, so that a config cannot contradict it.
-_FROM_MODEL = frozenset({"num_classes", "in_channels", "stride", "strides", "pixels"})
+_FROM_MODEL = frozenset(
+    {"num_classes", "in_channels", "stride", "strides", "pixels", "delta_limit"}
+)
 SUPPLIED: dict[str, frozenset[str]] = {
     "model": frozenset(),
     "backbone": _FROM_MODEL,
     "neck": _FROM_MODEL,
     "rpn": _FROM_MODEL,
     "roi_head": _FROM_MODEL,
+    "mask_head": _FROM_MODEL,
     "dataset": frozenset({"classes", "pixels"}),
     "evaluator": frozenset({"reader"}),
 }
@@ -72,6 +75,7 @@ def roles() -> dict[str, dict[str, type]]:
     from dcdet.evaluators.voc import VOCEvaluator
     from dcdet.models.box_head import BoxHead
     from dcdet.models.fpn import FPN
+    from dcdet.models.mask_head import MaskHead
     from dcdet.models.resnet import ResNet
     from dcdet.models.rfcn_head import RFCNHead
     from dcdet.models.rpn import RPNHead
@@ -83,6 +87,7 @@ def roles() -> dict[str, dict[str, type]]:
         "neck": {"FPN": FPN},
         "rpn": {"RPNHead": RPNHead},
         "roi_head": {"RFCNHead": RFCNHead, "BoxHead": BoxHead},
+        "mask_head": {"MaskHead": MaskHead},
         "dataset": {"VOC": VOC, "COCO": COCO, "Shapes": Shapes},
         "evaluator": {"VOCEvaluator": VOCEvaluator, "COCOEvaluator": COCOEvaluator},
     }

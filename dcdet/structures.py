@@ -28,6 +28,7 @@ class Target:
     boxes: Tensor
     labels: Tensor
     ignored: Tensor
+    masks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -88,3 +89,4 @@ class Detections:
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+    masks: Tensor | None = None

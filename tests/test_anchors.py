@@ -32,6 +32,6 @@ def test_width_is_rounded_half_to_even() -> None:
 
 def test_grid_order_is_row_column_anchor() -> None:
     cell = cell_anchors(16, [8, 16], [1])
-    grid = grid_anchors(cell, 16, (3, 4))
+    grid = grid_anchors(cell, (16, 16), (3, 4))
     assert grid.shape == (3, 4, 2, 4)
     torch.testing.assert_close(grid[2, 1, 1], cell[1] + torch.tensor([16.0, 32.0, 16.0, 32.0]))

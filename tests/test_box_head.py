@@ -18,7 +18,7 @@ from dcdet import boxes as box_ops
 from dcdet import build_model, load_config
 from dcdet.errors import UserError
 from dcdet.models.box_head import BoxHead
-from dcdet.models.roi_head import RoIOutput
+from dcdet.models.roi_head import RoIOutput, pyramid_levels
 from dcdet.models.targets import RoISamples, SampleSpec
 from dcdet.ops import reference
 
@@ -81,7 +81,7 @@ def test_pyramid_pooling_equals_the_release(shared: Path, name: str) -> None:
             layer.weight.data = value(f"w{level[1]}", [98, 12544], 0.02)
             layer.bias.data = value(f"b{level[1]}", [98], 0.5)
     rois = torch.from_numpy(arrays["rois"]) + PLUS_ONE
-    assert head.levels(rois).tolist() == arrays["level"].tolist()
+    assert pyramid_levels(rois, head.strides).tolist() == arrays["level"].tolist()
     pooled = pool(head, features, rois)
     out = arrays["out_sub"] if deformable else arrays["out"]
     every, step = (16, 32) if deformable else (1, 3)
@@ -103,22 +103,20 @@ def test_levels_change_at_112_224_and_448_pixels() -> None:
     head = make(2)
     sides = torch.tensor([1, 111.99, 112, 223.99, 224, 447.99, 448, 5000])
     rois = torch.stack([0 * sides, 0 * sides, 0 * sides, sides, sides], 1)
-    assert head.levels(rois).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert pyramid_levels(rois, head.strides).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     wide = torch.tensor([[0.0, 10, 20, 10 + 448, 20 + 112], [0, 10, 20, 10 + 447, 20 + 112]])
-    assert head.levels(wide).tolist() == [2, 1]
-    assert make(2, strides=[16]).levels(rois).tolist() == [0] * 8
+    assert pyramid_levels(wide, head.strides).tolist() == [2, 1]
+    assert pyramid_levels(rois, [16]).tolist() == [0] * 8
     # Without the finest map, RoIs keep theirs.
-    assert make(2, strides=[8, 16, 32]).levels(rois).tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
+    assert pyramid_levels(rois, [8, 16, 32]).tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
 
 
 @given(st.floats(1, 2000), st.floats(1, 2000))
 def test_levels_follow_the_papers_formula(width: float, height: float) -> None:
     level = 4 + np.log2(np.sqrt(width * height) / 224)
-    found = LEVELS.levels(torch.tensor([[0, 0, 0, width, height]])).item() + 2
+    rois = torch.tensor([[0, 0, 0, width, height]])
+    found = pyramid_levels(rois, [4, 8, 16, 32]).item() + 2
     assert abs(level - round(level)) < 1e-4 or found == np.clip(np.floor(level), 2, 5)
-
-
-LEVELS = make(2)
 
 
 def random_rois(sides: list[float], seed: int = 0) -> Tensor:
@@ -144,7 +142,7 @@ def test_rois_come_back_in_their_order(pooling: str) -> None:
     for layer in head.offset.values() if pooling == "deformable" else ():
         torch.nn.init.normal_(layer.weight, std=0.2)
     rois = random_rois([500, 30, 250, 20, 130, 400, 100])
-    assert sorted(set(head.levels(rois).tolist())) == [0, 1, 2, 3]
+    assert sorted(set(pyramid_levels(rois, head.strides).tolist())) == [0, 1, 2, 3]
     together = head(features, rois)
     alone = [head(features, roi[None]) for roi in rois]
     torch.testing.assert_close(together.logits, torch.cat([one.logits for one in alone]))
@@ -177,7 +175,8 @@ def test_every_parameter_gets_a_gradient(pooling: str, sides: list[float]) -> No
     output = head(features, rois)
     assert output.logits.shape == (len(sides), 4)
     assert output.deltas.shape == (len(sides), 4, 4)
-    samples = RoISamples(rois, torch.zeros(len(sides)).long(), torch.zeros(len(sides), 4))
+    nothing = torch.zeros(len(sides)).long()
+    samples = RoISamples(rois, nothing, torch.zeros(len(sides), 4), nothing)
     losses, stats = head.losses(output, samples, images=2)
     sum(losses.values()).backward()
     assert losses["roi_box"] == 0
@@ -196,7 +195,8 @@ def test_losses_use_the_deltas_of_the_label() -> None:
     labels = torch.tensor([2, 0, 1, 3, 0, 0])
     rois = random_rois([20.0] * 6)
     goal = torch.randn(6, 4, generator=generator)
-    found, stats = head.losses(RoIOutput(logits, deltas), RoISamples(rois, labels, goal), 2)
+    samples = RoISamples(rois, labels, goal, torch.zeros_like(labels))
+    found, stats = head.losses(RoIOutput(logits, deltas), samples, 2)
     score, box = 0.0, 0.0
     for image in (0, 1):
         mine = [roi for roi in range(6) if rois[roi, 0] == image]
@@ -241,7 +241,7 @@ def test_half_precision_is_near(pooling: str) -> None:
         ("in_features=[]", "'in_features' must be one or more maps of equal channels"),
         ("in_features=[p2]", "there is no map 'p2'"),
         ("in_features=c5", "'in_features' must be a list"),
-        ("pooling=mean", "'pooling' must be max or deformable"),
+        ("pooling=mean", "'pooling' must be max, deformable, align"),
         ("pooled_size=0", "'pooled_size' must be at least 1"),
         ("samples=128", "'samples' must be a mapping with number, foreground_fraction, fill"),
         ("samples.number=0", "'number' must be at least 1"),

@@ -63,7 +63,7 @@ def test_odd_maps_are_refused(names: list[str]) -> None:
     [
         ("model.neck.in_features=[c5, c4]", "'in_features' must be some of c2, c3, c4, c5 in"),
         ("model.neck.channels=0", "'channels' must be at least 1"),
-        ("model.neck.extra=pool", "'extra' must be conv or none"),
+        ("model.neck.extra=mean", "'extra' must be conv, pool or none"),
         ("model.rpn.in_features=[p2, p7]", "there is no map 'p7'"),
         ("model.neck=null", "there is no map 'p2'"),
         ("model.roi_head.in_features=[p2, p4]", "'in_features' must be maps whose strides double"),

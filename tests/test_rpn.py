@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dcdet.models.rpn import ProposalSpec, RPNHead
+from dcdet.models.rpn import ProposalSpec, RPNHead, RPNOutput
 from dcdet.structures import Batch, Target
 
 
@@ -114,10 +114,12 @@ def test_anchors_over_the_border_learn_only_where_allowed() -> None:
     anchors = torch.tensor(
         [[0.0, 0, 128, 96], [-1, 0, 50, 50], [0, 0, 129.5, 50], [40, 40, 70, 99]]
     )
+    nothing = torch.zeros(1, 4, 4)
+    raw = RPNOutput(nothing[..., :2], nothing, anchors, torch.zeros(4, 3).long(), (4,))
     spec = ProposalSpec(50, 10, 0.7, 0.0)
-    assert make_rpn([4], spec)._usable(anchors, size).tolist() == [True, False, False, False]
-    assert make_rpn([4], spec, 5)._usable(anchors, size).tolist() == [True, True, True, True]
-    assert make_rpn([4], spec, None)._usable(anchors, size).all()
+    assert make_rpn([4], spec)._usable(raw, size).tolist() == [True, False, False, False]
+    assert make_rpn([4], spec, 5)._usable(raw, size).tolist() == [True, True, True, True]
+    assert make_rpn([4], spec, None)._usable(raw, size).all()
 
 
 def test_proposals_follow_limits_and_carry_no_gradient() -> None:

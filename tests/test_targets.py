@@ -29,7 +29,8 @@ def test_rpn_targets_equal_the_release(shared: Path) -> None:
     arrays = np.load(shared / "golden" / "ops" / "utils_rpn_targets.npz")
     attrs = json.loads(str(arrays["attrs"]))
     height, width = attrs["feat"]
-    anchors = grid_anchors(cell_anchors(16, attrs["scales"], attrs["ratios"]), 16, (height, width))
+    cell = cell_anchors(16, attrs["scales"], attrs["ratios"])
+    anchors = grid_anchors(cell, (16, 16), (height, width))
     anchors = anchors.reshape(-1, 4).float()
     image_h, image_w, _ = attrs["im_info"]
     usable = (anchors[:, :2] >= 0).all(1) & (anchors[:, 2] <= image_w) & (anchors[:, 3] <= image_h)
@@ -54,7 +55,7 @@ def test_roi_targets_equal_the_release(shared: Path) -> None:
     arrays = np.load(shared / "golden" / "ops" / "utils_sample_rois_agnostic.npz")
     objects = torch.from_numpy(arrays["gt_boxes"])
     proposals = torch.from_numpy(arrays["rois_in"][: -len(objects), 1:]).float() + PLUS_ONE
-    rois, labels, deltas = targets.roi_targets(
+    rois, labels, deltas, _ = targets.roi_targets(
         proposals, make_target(objects), 0.5, (0.0, 0.5), None
     )
     assert rois.numpy() - [0, 0, 1, 1] == pytest.approx(arrays["rois"][:, 1:], abs=1e-4)
@@ -90,7 +91,7 @@ def test_losses_equal_the_release(shared: Path) -> None:
     torch.testing.assert_close(x.grad, values["sm_grad"], atol=1e-6, rtol=1e-5)
     for sigma in (1, 3):
         x = values["sl1_in"].clone().requires_grad_()
-        out = targets.smooth_l1(x, sigma)
+        out = targets.smooth_l1(x, sigma**-2)
         torch.testing.assert_close(out, values[f"sl1_out_{sigma}"], atol=1e-6, rtol=1e-5)
         (out.sum() / 128).backward()
         torch.testing.assert_close(
@@ -129,7 +130,7 @@ def test_subsample_never_exceeds_its_numbers(
 
 
 def test_an_image_without_objects_is_all_background() -> None:
-    _, labels, deltas = targets.roi_targets(
+    _, labels, deltas, _ = targets.roi_targets(
         torch.tensor([[0.0, 0.0, 10.0, 10.0]]),
         make_target(torch.zeros(0, 5)),
         0.5,
@@ -165,7 +166,7 @@ def test_rois_are_drawn_as_the_release_draws(
 ) -> None:
     proposals, target = crowd_of_rois()
     spec = targets.SampleSpec(number, fraction, fill)
-    rois, labels, deltas = targets.roi_targets(
+    rois, labels, deltas, _ = targets.roi_targets(
         proposals, target, 0.5, (0.1, 0.5), None, spec, seed=7
     )
     assert len(rois) == len(labels) == len(deltas) == foreground + background + filled
@@ -207,13 +208,13 @@ def test_an_image_without_objects_or_without_rois_can_be_drawn_from(fill: bool) 
     proposals, _ = crowd_of_rois()
     spec = targets.SampleSpec(16, 0.25, fill)
     nothing = make_target(torch.zeros(0, 5))
-    rois, labels, deltas = targets.roi_targets(
+    rois, labels, deltas, _ = targets.roi_targets(
         proposals, nothing, 0.5, (0.1, 0.5), None, spec, seed=7
     )
     assert labels.tolist() == [0] * (16 if fill else 0)
     assert deltas.abs().sum() == 0
     assert rois.shape == deltas.shape == (len(labels), 4)
-    rois, labels, _ = targets.roi_targets(
+    rois, labels, _, _ = targets.roi_targets(
         proposals[:0], nothing, 0.5, (0.1, 0.5), None, spec, seed=7
     )
     assert rois.shape == (0, 4)
@@ -225,7 +226,7 @@ def test_filling_spares_covered_rois() -> None:
     ignored = torch.tensor([[190.0, 190.0, 300.0, 300.0]])
     target = Target(0, (400, 400), target.boxes, target.labels, ignored)
     spec = targets.SampleSpec(128, 0.25, True)
-    rois, _, _ = targets.roi_targets(proposals, target, 0.5, (0.1, 0.5), 0.5, spec, seed=7)
+    rois, _, _, _ = targets.roi_targets(proposals, target, 0.5, (0.1, 0.5), 0.5, spec, seed=7)
     assert len(rois) == 128
     assert (rois[:, 0] < 100).all()
 
@@ -238,7 +239,7 @@ def test_covered_background_learns_nothing() -> None:
     assert labels.tolist() == [-1, 1]
     labels, _ = targets.rpn_targets(boxes, target, torch.ones(2, dtype=torch.bool), 0.7, 0.3, None)
     assert labels.tolist() == [0, 1]
-    rois, _, _ = targets.roi_targets(boxes, target, 0.5, (0.0, 0.5), 0.5)
+    rois, _, _, _ = targets.roi_targets(boxes, target, 0.5, (0.0, 0.5), 0.5)
     assert rois[:, 0].tolist() == [60, 60]
 
 

@@ -15,11 +15,15 @@ from dcdet.errors import UserError, require
 
 @dataclass(frozen=True)
 class WarmupSpec:
-    """Updates before number `steps` use `factor` times the learning rate, held or rising."""
+    """Updates before number `steps` use `factor` times the learning rate, held or rising.
+
+    `shape` "constant" holds it; "linear" rises from there, the first update being one step up, as
+    in detectron2; "closed" rises from the first update on, as in mmdetection.
+    """
 
     steps: int
     factor: float
-    shape: Literal["constant", "linear"]
+    shape: Literal["constant", "linear", "closed"]
 
     def __post_init__(self) -> None:
         require(self.steps >= 0, "steps", "at least 0", self.steps)
@@ -38,6 +42,8 @@ class SolverSection:
             The 2017 release's R-FCN and Faster R-CNN sum over GPUs of one image each, its FPN
             averages.
         momentum, weight_decay: of SGD; the decay is stated for the same `gradient`.
+        rescale_momentum: past gradients keep the rate they were seen with when the rate changes,
+            as in MXNet and Caffe; false: they take the new one, as in PyTorch.
         lr_multipliers, weight_decay_multipliers: factors by parameter name pattern
             ("roi_head.reduce.*": 3); of several that match, the last counts.
         milestones: epochs (fractions allowed) after which lr is multiplied by `lr_factor`.
@@ -66,6 +72,7 @@ class SolverSection:
     log_every: int
     checkpoint_every: float
     keep_checkpoints: int
+    rescale_momentum: bool = True
 
     def __post_init__(self) -> None:
         for name in ("epochs", "lr", "reference_batch", "lr_factor", "checkpoint_every",
@@ -97,7 +104,11 @@ def learning_rate(
     Source: lib/utils/lr_scheduler.py of the 2017 release, for a constant warm-up.
     """
     if warmup is not None and update < warmup.steps:
-        share = update / warmup.steps if warmup.shape == "linear" else 0.0
+        share = 0.0
+        if warmup.shape == "linear":
+            share = update / warmup.steps
+        elif warmup.shape == "closed":
+            share = (update - 1) / (warmup.steps - 1)
         return base * (warmup.factor + (1 - warmup.factor) * share)
     return base * factor ** sum(update > milestone for milestone in milestones)
 
@@ -131,15 +142,18 @@ def build_optimizer(model: nn.Module, section: SolverSection) -> torch.optim.SGD
     )
 
 
-def set_learning_rate(optimizer: torch.optim.SGD, rate: float) -> None:
+def set_learning_rate(
+    optimizer: torch.optim.SGD, rate: float, rescale_momentum: bool = True
+) -> None:
     """Give every group `rate` times its multiplier.
 
     When the rate changes the momentum is rescaled, so that past gradients keep the rate they were
-    seen with, as in MXNet and Caffe (Goyal et al., ImageNet in 1 Hour, section 3).
+    seen with, as in MXNet and Caffe (Goyal et al., ImageNet in 1 Hour, section 3), unless
+    `rescale_momentum` is false.
     """
     for group in optimizer.param_groups:
         old, new = group["lr"], rate * group["lr_multiplier"]
-        if old != new and old > 0 and new > 0:
+        if rescale_momentum and old != new and old > 0 and new > 0:
             for parameter in group["params"]:
                 momentum = optimizer.state.get(parameter, {}).get("momentum_buffer")
                 if momentum is not None:

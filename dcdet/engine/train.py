@@ -100,7 +100,7 @@ def _train(
     bad_in_a_row = skipped_steps = 0
     for batch in _batches(dataset, data, config.seed, run, state.step, steps, per_epoch):
         rate = learning_rate(state.step + 1, base_lr, solver.warmup, milestones, solver.lr_factor)
-        set_learning_rate(optimizer, rate)
+        set_learning_rate(optimizer, rate, solver.rescale_momentum)
         before = [buffer.clone() for buffer in statistics]
         losses, stats = _forward_backward(forward, batch.to(run.device), scaler, solver, run)
         scaler.unscale_(optimizer)

@@ -25,11 +25,16 @@ def _build_two_stage(node: Any) -> nn.Module:
     if node.get("neck") is not None:
         context = {"in_channels": backbone.channels, "strides": backbone.strides}
         maps = neck = build(node.neck, "neck", **context)
-    rpn = build(node.rpn, "rpn", pixels=node.pixels, **_of_maps(maps, node.rpn))
-    roi_head = build(
-        node.roi_head, "roi_head", num_classes=node.num_classes, **_of_maps(maps, node.roi_head)
-    )
-    model = build(node, "model", backbone=backbone, neck=neck, rpn=rpn, roi_head=roi_head)
+    heads: dict[str, Any] = {}
+    for role in ("rpn", "roi_head", "mask_head"):
+        part = node.get(role)
+        heads[role] = None
+        if part is not None:
+            heads[role] = build(
+                part, role, num_classes=node.num_classes, pixels=node.pixels,
+                delta_limit=node.get("delta_limit", "none"), **_of_maps(maps, part),
+            )  # fmt: skip
+    model = build(node, "model", backbone=backbone, neck=neck, **heads)
     return model.to(memory_format=torch.channels_last)
 
 

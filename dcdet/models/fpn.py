@@ -20,8 +20,9 @@ class FPN(nn.Module):
         in_features: the maps that are read, finest first; "c2" becomes "p2".
         channels: of every map that comes out.
         extra: one coarser map, of twice the last stride: "conv", a strided 3x3 convolution of the
-            last map that is read, or "none".
-        init_std: of new weights.
+            last map that is read; "pool", every other pixel of the last map that comes out, as in
+            mmdetection, torchvision and detectron2; or "none".
+        init_std: of new weights; None: see init_layers.
     Attributes:
         channels, strides: of each map that comes out, by name.
     """
@@ -32,8 +33,8 @@ class FPN(nn.Module):
         strides: dict[str, int],
         in_features: list[str],
         channels: int,
-        extra: Literal["conv", "none"],
-        init_std: float,
+        extra: Literal["conv", "pool", "none"],
+        init_std: float | None,
     ) -> None:
         super().__init__()
         known = [name for name in in_channels if name in in_features]
@@ -42,7 +43,7 @@ class FPN(nn.Module):
             "in_features", f"some of {', '.join(in_channels)} in that order", in_features,
         )  # fmt: skip
         require(channels >= 1, "channels", "at least 1", channels)
-        require(init_std > 0, "init_std", "positive", init_std)
+        require(init_std is None or init_std > 0, "init_std", "positive, or null", init_std)
         self.lateral = nn.ModuleDict(
             {name: nn.Conv2d(in_channels[name], channels, 1) for name in in_features}
         )
@@ -51,13 +52,17 @@ class FPN(nn.Module):
         )
         self.strides = {_pyramid(name): strides[name] for name in in_features}
         init_layers(*self.lateral.values(), *self.output.values(), std=init_std)
-        self.extra: nn.Conv2d | None = None
-        if extra == "conv":
-            last = in_features[-1]
-            self.extra = nn.Conv2d(in_channels[last], channels, 3, stride=2, padding=1)
+        self.extra: nn.Module | None = None
+        self.extra_reads_output = extra == "pool"
+        last = in_features[-1]
+        if extra != "none":
             self.extra_name = f"p{int(last[1:]) + 1}"
             self.strides[self.extra_name] = 2 * strides[last]
+        if extra == "conv":
+            self.extra = nn.Conv2d(in_channels[last], channels, 3, stride=2, padding=1)
             init_layers(self.extra, std=init_std)
+        elif extra == "pool":
+            self.extra = nn.MaxPool2d(1, stride=2)
         self.channels = dict.fromkeys(self.strides, channels)
         self.in_features = in_features
 
@@ -70,7 +75,10 @@ class FPN(nn.Module):
             x = lateral if x is None else lateral + F.interpolate(x, lateral.shape[2:])
             maps = {_pyramid(name): self.output[_pyramid(name)](x)} | maps
         if self.extra is not None:
-            maps[self.extra_name] = self.extra(features[self.in_features[-1]])
+            last = self.in_features[-1]
+            maps[self.extra_name] = self.extra(
+                maps[_pyramid(last)] if self.extra_reads_output else features[last]
+            )
         return maps
 
 

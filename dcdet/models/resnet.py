@@ -114,6 +114,20 @@ class FrozenBatchNorm(nn.Module):
         )
 
 
+class EvalBatchNorm(FrozenBatchNorm):
+    """Batch normalisation by constant statistics, with affine parameters that learn.
+
+    Source: norm_eval of mmdetection.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        for name in ("weight", "bias"):
+            value = self._buffers.pop(name)
+            assert value is not None
+            self.register_parameter(name, nn.Parameter(value))
+
+
 class BatchNorm(nn.BatchNorm2d):
     """Trainable batch normalisation over the images of all processes together."""
 
@@ -139,6 +153,9 @@ class BatchNorm(nn.BatchNorm2d):
         scale = self.weight * (var + self.eps).rsqrt()
         shift = self.bias - mean * scale
         return (x32 * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
+
+
+NORMS = {"frozen_bn": FrozenBatchNorm, "eval_bn": EvalBatchNorm, "bn": BatchNorm}
 
 
 class Block(nn.Module):
@@ -191,7 +208,8 @@ class ResNet(nn.Module):
         depth: 18, 34, 50 or 101.
         stride_in: where a bottleneck's stride stands: "1x1" (Caffe, MXNet, MSRA weights) or
             "3x3" (torchvision weights). Without meaning for depth 18 and 34.
-        norm: "frozen_bn" (constants; with pretrained weights) or "bn" (trained).
+        norm: "frozen_bn" (constants; with pretrained weights), "eval_bn" (constant statistics,
+            trained weights; as in mmdetection) or "bn" (trained).
         stem_pool: "ceil": 3x3 stride 2 without padding, sizes rounded up, as the 2017 release;
             "pad": padded by 1, as torchvision.
         dilate_c5: c5 keeps stride 16 and dilates its 3x3 convolutions by 2.
@@ -206,7 +224,7 @@ class ResNet(nn.Module):
         self,
         depth: Literal[18, 34, 50, 101],
         stride_in: Literal["1x1", "3x3"],
-        norm: Literal["frozen_bn", "bn"],
+        norm: Literal["frozen_bn", "eval_bn", "bn"],
         stem_pool: Literal["ceil", "pad"],
         dilate_c5: bool,
         freeze_to: Literal[0, 1, 2, 3, 4, 5],
@@ -214,7 +232,7 @@ class ResNet(nn.Module):
         pretrained: str | None,
     ) -> None:
         super().__init__()
-        norm_layer = {"frozen_bn": FrozenBatchNorm, "bn": BatchNorm}[norm]
+        norm_layer = NORMS[norm]
         bottleneck = depth >= 50
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = norm_layer(64)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dcdet.boxes import DeltaLimit
 from dcdet.errors import require
 from dcdet.models.init import init_layers
 from dcdet.models.roi_head import RoIHead, RoIOutput, inclusive
@@ -18,7 +19,7 @@ class RFCNHead(RoIHead):
     """Position-sensitive score maps, pooled for each RoI and averaged over its G x G parts.
 
     Args:
-        in_channels, stride, num_classes: supplied by code.
+        in_channels, stride, num_classes, delta_limit: supplied by code.
         in_feature: the map that is read.
         channels: of the first 1x1 convolution.
         init_std: of new weights; those of offsets start at 0.
@@ -46,10 +47,12 @@ class RFCNHead(RoIHead):
         hard_examples: int | None,
         box_std: list[float],
         ignore_coverage: float | None,
+        delta_limit: DeltaLimit = "none",
     ) -> None:
         super().__init__(
-            foreground_iou, background_iou, None, hard_examples, box_std, ignore_coverage
-        )
+            foreground_iou, background_iou, None, hard_examples, box_std, ignore_coverage,
+            delta_limit,
+        )  # fmt: skip
         require(channels >= 1, "channels", "at least 1", channels)
         require(init_std > 0, "init_std", "positive", init_std)
         require(group_size >= 1, "group_size", "at least 1", group_size)

@@ -3,7 +3,10 @@
 Source: Girshick, Fast R-CNN; Shrivastava et al., OHEM; core/rcnn.py of the 2017 release.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +37,11 @@ class RoIHead(nn.Module):
         box_std: standard deviations that divide box deltas.
         ignore_coverage: background covered by an ignored region (crowd, difficult) to this share
             is left out; None: it is background, as in the 2017 release.
+        delta_limit: see boxes.decode; supplied by code.
+        box_beta: of the box loss, smooth L1; 0 is L1.
+        claim_iou: see targets.roi_targets; None: no object claims proposals.
+        average: of losses over each image's RoIs, then over images, or over all RoIs of the
+            batch; the box loss of an image is divided by the wanted number of RoIs.
     """
 
     box_std: Tensor
@@ -46,6 +54,10 @@ class RoIHead(nn.Module):
         hard_examples: int | None,
         box_std: list[float],
         ignore_coverage: float | None,
+        delta_limit: box_ops.DeltaLimit = "none",
+        box_beta: float = 1.0,
+        claim_iou: float | None = None,
+        average: Literal["image", "batch"] = "image",
     ) -> None:
         super().__init__()
         require(0 < foreground_iou <= 1, "foreground_iou", "in (0, 1]", foreground_iou)
@@ -58,34 +70,36 @@ class RoIHead(nn.Module):
         self.register_buffer("box_std", torch.tensor(box_std), persistent=False)
         self.foreground_iou, self.background_iou = foreground_iou, background_iou
         self.samples, self.hard_examples = samples, hard_examples
-        self.ignore_coverage = ignore_coverage
+        require(box_beta >= 0, "box_beta", "at least 0", box_beta)
+        require(claim_iou is None or 0 <= claim_iou <= 1, "claim_iou", "in [0, 1]", claim_iou)
+        self.ignore_coverage, self.claim_iou = ignore_coverage, claim_iou
+        self.delta_limit, self.box_beta, self.average = delta_limit, box_beta, average
 
     def sample(self, proposals: list[Tensor], batch: Batch) -> RoISamples:
         """Label the proposals (P, 4) of each image for training, and draw from them."""
-        rois, labels, deltas = [], [], []
+        parts = []
         for image, boxes in enumerate(proposals):
-            kept, kept_labels, kept_deltas = roi_targets(
+            rois, labels, deltas, objects = roi_targets(
                 boxes, batch.targets[image], self.foreground_iou, self.background_iou,
-                self.ignore_coverage, self.samples, batch.seeds[image],
+                self.ignore_coverage, self.samples, batch.seeds[image], self.claim_iou,
             )  # fmt: skip
-            rois.append(F.pad(kept, (1, 0), value=image))
-            labels.append(kept_labels)
-            deltas.append(kept_deltas / self.box_std)
-        return RoISamples(torch.cat(rois), torch.cat(labels), torch.cat(deltas))
+            parts.append((F.pad(rois, (1, 0), value=image), labels, deltas / self.box_std, objects))
+        return RoISamples(*map(torch.cat, zip(*parts, strict=True)))
 
     def losses(
         self, raw: RoIOutput, samples: RoISamples, images: int
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Cross-entropy and smooth L1 of each image's (hardest) RoIs, mean over `images`; stats.
+        """Cross-entropy and smooth L1 of each image's (hardest) RoIs; statistics.
 
-        The box loss is divided by the wanted number of RoIs, not by how many are foreground.
+        Where the mean is over images, the box loss is divided by the wanted number of RoIs, else
+        by that of all RoIs; never by how many are foreground.
         """
         labels, foreground = samples.labels, samples.labels > 0
         deltas = raw.deltas
         if deltas.dim() == 3:
             deltas = deltas[torch.arange(len(labels), device=labels.device), labels]
         score_loss = F.cross_entropy(raw.logits, labels, reduction="none")
-        box_loss = smooth_l1(deltas - samples.deltas, sigma=1.0).sum(1) * foreground
+        box_loss = smooth_l1(deltas - samples.deltas, self.box_beta).sum(1) * foreground
         index = samples.rois[:, 0].long()
         kept = torch.ones_like(foreground)
         if self.hard_examples is not None:
@@ -93,6 +107,9 @@ class RoIHead(nn.Module):
         counts = torch.bincount(index[kept], minlength=images).clamp(min=1)
         wanted = self.hard_examples or (self.samples.number if self.samples else None)
         numbers = counts if wanted is None else counts.new_full((images,), wanted)
+        if self.average == "batch":
+            # Then / images below cancels.
+            numbers = counts = torch.full_like(counts, len(index[kept])) / images
         losses = {
             "roi_score": (score_loss[kept] / counts[index[kept]]).sum() / images,
             "roi_box": (box_loss[kept] / numbers[index[kept]]).sum() / images,
@@ -111,7 +128,36 @@ class RoIHead(nn.Module):
         clipping, for rois (R, 5)."""
         scores = raw.logits.softmax(dim=1)[:, 1:]
         deltas = raw.deltas if raw.deltas.dim() == 2 else raw.deltas[:, 1:]
-        return scores, box_ops.decode(rois[:, 1:], deltas * self.box_std)
+        return scores, box_ops.decode(rois[:, 1:], deltas * self.box_std, self.delta_limit)
+
+
+def pyramid_levels(rois: Tensor, strides: list[int]) -> Tensor:
+    """Which of several maps each RoI (R, 5) is pooled from: (R,) int64.
+
+    A RoI of 224 x 224 pixels goes to stride 16, one of twice the side to twice the stride.
+    Source: Lin et al., Feature Pyramid Networks, (1).
+    """
+    side = box_ops.area(rois[:, 1:]).clamp(min=0).sqrt()
+    # In float32, which decides about sides a hair below a border, as in the release.
+    level = math.log2(16 / strides[0]) + torch.log2(side / 224)
+    return level.floor().clamp(0, len(strides) - 1).long()
+
+
+def pool_by_level(
+    maps: list[Tensor], rois: Tensor, strides: list[int],
+    pool: Callable[[Tensor, Tensor, int], Tensor],
+) -> Tensor:  # fmt: skip
+    """Every RoI (R, 5) pooled from its map (B, C, H, W) by `pool(map, rois, level)` -> (R, ...).
+
+    A map without RoIs has a part in it all the same, so that every parameter gets a gradient.
+    """
+    levels = pyramid_levels(rois, strides)
+    places = [(levels == level).nonzero().squeeze(1) for level in range(len(maps))]
+    pooled = [
+        pool(x, rois[place], level)
+        for level, (x, place) in enumerate(zip(maps, places, strict=True))
+    ]
+    return torch.cat(pooled)[torch.cat(places).argsort()]
 
 
 def inclusive(rois: Tensor) -> Tensor:

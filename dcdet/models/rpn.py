@@ -1,9 +1,11 @@
 """Region proposal network. B images, A anchors a cell, N anchors in all levels together.
 
-Source: Ren et al., Faster R-CNN; rpn.py and proposal.py of the 2017 release.
+Source: Ren et al., Faster R-CNN; rpn.py and proposal.py of the 2017 release; rpn_head.py of
+mmdetection.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +13,10 @@ from torch import Tensor, nn
 
 from dcdet import boxes as box_ops
 from dcdet.errors import require
-from dcdet.models.anchors import cell_anchors, grid_anchors
+from dcdet.models.anchors import Rule, cell_anchors, grid_anchors
 from dcdet.models.init import init_layers
 from dcdet.models.targets import rpn_targets, smooth_l1, subsample
-from dcdet.ops.nms import nms
+from dcdet.ops.nms import batched_nms, nms
 from dcdet.structures import Batch
 
 
@@ -22,13 +24,17 @@ from dcdet.structures import Batch
 class ProposalSpec:
     """How many proposals: `pre_nms` best anchors go into NMS at `nms_iou`, `post_nms` come out.
 
-    Boxes with a side below `min_size` original pixels are dropped.
+    Boxes with a side below `min_size` original pixels are dropped. `levels` "joined" count as one,
+    as in the 2017 release. Otherwise `pre_nms` anchors are chosen in each, and levels do not
+    suppress each other's boxes: "separate" as in torchvision and detectron2, "shifted" as in
+    mmdetection (see ops.batched_nms).
     """
 
     pre_nms: int
     post_nms: int
     nms_iou: float
     min_size: float
+    levels: Literal["joined", "separate", "shifted"] = "joined"
 
     def __post_init__(self) -> None:
         require(self.pre_nms >= 1, "pre_nms", "at least 1", self.pre_nms)
@@ -39,13 +45,14 @@ class ProposalSpec:
 
 @dataclass(frozen=True)
 class RPNOutput:
-    """scores (B, N, 2) background and object logits, deltas (B, N, 4), anchors (N, 4), and the
-    anchors' cells: cells (N, 3) int64 = stride, row, column."""
+    """scores (B, N, 2) background and object logits, deltas (B, N, 4), anchors (N, 4), the
+    anchors' cells (N, 3) int64 = stride, row, column, and how many anchors each level has."""
 
     scores: Tensor
     deltas: Tensor
     anchors: Tensor
     cells: Tensor
+    counts: tuple[int, ...]
 
 
 class RPNHead(nn.Module):
@@ -53,6 +60,7 @@ class RPNHead(nn.Module):
 
     Args:
         in_channels, strides: of the maps named by `in_features`; supplied by code.
+        pixels, delta_limit: see boxes.clip and boxes.decode; supplied by code.
         channels: of the shared convolution.
         init_std: of new weights.
         anchor_scales: anchor sizes in units of the stride.
@@ -64,6 +72,17 @@ class RPNHead(nn.Module):
         ignore_coverage: anchors covered by an ignored region (crowd, difficult) to this share
             learn nothing; None: such regions are background, as in the 2017 release.
         train, test: the number of proposals.
+        scores: "softmax" of two channels an anchor, or "sigmoid" of one.
+        anchor_rule: see anchors.cell_anchors. "torchvision" also puts anchors of coarse maps as
+            many whole pixels apart as fit into the padded image, which may be fewer than the
+            stride.
+        claim_iou: see targets.rpn_targets.
+        box_beta: of the box loss, smooth L1; 0 is L1.
+        average: of losses. "image": the score loss over the samples of each image, the box loss
+            over the wanted number, then both over images. "batch": both over all samples of the
+            batch, as mmdetection, where no positive or no negative ones in an image count as one.
+        learn_multiple: only cells that begin in the image, padded to multiples of this, learn;
+            None: all of the batch's padded size.
     """
 
     def __init__(
@@ -85,6 +104,13 @@ class RPNHead(nn.Module):
         ignore_coverage: float | None,
         train: ProposalSpec,
         test: ProposalSpec,
+        delta_limit: box_ops.DeltaLimit = "none",
+        scores: Literal["softmax", "sigmoid"] = "softmax",
+        anchor_rule: Rule = "release",
+        claim_iou: float | None = None,
+        box_beta: float = 1 / 9,
+        average: Literal["image", "batch"] = "image",
+        learn_multiple: int | None = None,
     ) -> None:
         super().__init__()
         require(len(in_features) >= 1, "in_features", "at least one map", in_features)
@@ -98,35 +124,46 @@ class RPNHead(nn.Module):
         )
         require(samples >= 1, "samples", "at least 1", samples)
         require(0 <= positive_fraction <= 1, "positive_fraction", "in [0, 1]", positive_fraction)
+        require(claim_iou is None or 0 <= claim_iou <= 1, "claim_iou", "in [0, 1]", claim_iou)
+        require(box_beta >= 0, "box_beta", "at least 0", box_beta)
+        wanted = "at least 1, or null"
+        require(learn_multiple is None or learn_multiple >= 1, "learn_multiple", wanted,
+                learn_multiple)  # fmt: skip
         anchors = len(anchor_scales) * len(anchor_ratios)
         self.conv = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.score = nn.Conv2d(channels, 2 * anchors, 1)
+        self.score = nn.Conv2d(channels, (2 if scores == "softmax" else 1) * anchors, 1)
         self.delta = nn.Conv2d(channels, 4 * anchors, 1)
         init_layers(self.conv, self.score, self.delta, std=init_std)
         for stride in strides:
-            cell = cell_anchors(stride, anchor_scales, anchor_ratios).float()
+            cell = cell_anchors(stride, anchor_scales, anchor_ratios, anchor_rule).float()
             self.register_buffer(f"anchors_{stride}", cell, persistent=False)
         self.strides = strides
-        self.pixels = pixels
+        self.pixels, self.delta_limit = pixels, delta_limit
         self.in_features = in_features
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         self.samples, self.positive_fraction = samples, positive_fraction
         self.allowed_border, self.whole_cells = allowed_border, whole_cells
-        self.ignore_coverage = ignore_coverage
+        self.ignore_coverage, self.claim_iou = ignore_coverage, claim_iou
         self.train_spec, self.test_spec = train, test
+        self.sigmoid, self.fitted_strides = scores == "sigmoid", anchor_rule == "torchvision"
+        self.box_beta, self.average, self.learn_multiple = box_beta, average, learn_multiple
 
     def forward(self, features: dict[str, Tensor]) -> RPNOutput:
         """Raw outputs of all levels; inside a level the order is row, column, anchor."""
-        scores, deltas, anchors, cells = [], [], [], []
+        scores, deltas, anchors, cells, counts = [], [], [], [], []
+        padded = [side * self.strides[0] for side in features[self.in_features[0]].shape[2:]]
         for name, stride in zip(self.in_features, self.strides, strict=True):
             hidden = F.relu(self.conv(features[name]))
             batch, _, height, width = hidden.shape
             # Channels: all background scores first, then all object scores.
-            score = self.score(hidden).view(batch, 2, -1, height, width)
+            score = self.score(hidden).view(batch, 1 if self.sigmoid else 2, -1, height, width)
             delta = self.delta(hidden).view(batch, -1, 4, height, width)
-            scores.append(score.permute(0, 3, 4, 2, 1).reshape(batch, -1, 2))
+            scores.append(score.permute(0, 3, 4, 2, 1).reshape(batch, -1, score.shape[1]))
             deltas.append(delta.permute(0, 3, 4, 1, 2).reshape(batch, -1, 4))
-            grid = grid_anchors(getattr(self, f"anchors_{stride}"), stride, (height, width))
+            step = (stride, stride)
+            if self.fitted_strides:
+                step = (padded[0] // height, padded[1] // width)
+            grid = grid_anchors(getattr(self, f"anchors_{stride}"), step, (height, width))
             anchors.append(grid.view(-1, 4))
             row = torch.arange(height, device=hidden.device).view(-1, 1, 1)
             column = torch.arange(width, device=hidden.device).view(1, -1, 1)
@@ -134,29 +171,42 @@ class RPNHead(nn.Module):
             cells.append(
                 torch.stack(place, -1).expand(height, width, grid.shape[2], 3).reshape(-1, 3)
             )
+            counts.append(len(cells[-1]))
+        logits = torch.cat(scores, 1).float()
+        if self.sigmoid:  # of x is the softmax of 0 and x
+            logits = F.pad(logits, (1, 0))
         return RPNOutput(
-            torch.cat(scores, 1).float(), torch.cat(deltas, 1).float(),
-            torch.cat(anchors), torch.cat(cells),
+            logits, torch.cat(deltas, 1).float(), torch.cat(anchors), torch.cat(cells),
+            tuple(counts),
         )  # fmt: skip
 
     def losses(self, raw: RPNOutput, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy over the sampled anchors and smooth L1 (sigma 3) over the positive ones,
-        the latter divided by the wanted number of samples; mean over images."""
-        score_losses, delta_losses = [], []
+        """Cross-entropy over the sampled anchors and smooth L1 over the positive ones."""
+        score_losses, delta_losses, score_numbers, delta_numbers = [], [], [], []
         for image, target in enumerate(batch.targets):
             labels, deltas = rpn_targets(
-                raw.anchors, target, self._usable(raw.anchors, batch.sizes[image]),
-                self.positive_iou, self.negative_iou, self.ignore_coverage,
+                raw.anchors, target, self._usable(raw, batch.sizes[image]), self.positive_iou,
+                self.negative_iou, self.ignore_coverage, self.claim_iou,
             )  # fmt: skip
             labels = subsample(labels, self.samples, self.positive_fraction, batch.seeds[image])
             taken, positive = (labels >= 0).nonzero().squeeze(1), labels == 1
-            score_loss = F.cross_entropy(raw.scores[image, taken], labels[taken], reduction="sum")
-            score_losses.append(score_loss / max(1, len(taken)))
+            score_losses.append(
+                F.cross_entropy(raw.scores[image, taken], labels[taken], reduction="sum")
+            )
             difference = raw.deltas[image, positive] - deltas[positive]
-            delta_losses.append(smooth_l1(difference, sigma=3.0).sum() / self.samples)
+            delta_losses.append(smooth_l1(difference, self.box_beta).sum())
+            if self.average == "image":
+                score_numbers.append(len(batch.sizes) * max(1, len(taken)))
+                delta_numbers.append(len(batch.sizes) * self.samples)
+            else:
+                positives = int(positive.sum())
+                score_numbers.append(max(1, positives) + max(1, len(taken) - positives))
+        if self.average == "batch":
+            score_numbers = delta_numbers = [sum(score_numbers)] * len(score_numbers)
+        scores, deltas = torch.stack(score_losses), torch.stack(delta_losses)
         return {
-            "rpn_score": torch.stack(score_losses).mean(),
-            "rpn_box": torch.stack(delta_losses).mean(),
+            "rpn_score": (scores / scores.new_tensor(score_numbers)).sum(),
+            "rpn_box": (deltas / deltas.new_tensor(delta_numbers)).sum(),
         }
 
     @torch.no_grad()
@@ -168,30 +218,52 @@ class RPNHead(nn.Module):
         objectness = raw.scores.softmax(dim=-1)[..., 1]
         result = []
         for image, size in enumerate(sizes):
-            height, width = size
-            scores, deltas, anchors = objectness[image], raw.deltas[image], raw.anchors
-            if self.whole_cells:
-                stride, row, column = raw.cells.unbind(1)
-                rows = (height // stride).clamp(min=1)
-                columns = (width // stride).clamp(min=1)
-                inside = (row < rows) & (column < columns)
-                scores, deltas, anchors = scores[inside], deltas[inside], anchors[inside]
-            boxes = box_ops.clip(box_ops.decode(anchors, deltas), size, self.pixels)
+            picked, levels = self._candidates(raw, objectness[image], size, spec)
+            scores = objectness[image, picked]
+            boxes = box_ops.decode(raw.anchors[picked], raw.deltas[image, picked], self.delta_limit)
+            boxes = box_ops.clip(boxes, size, self.pixels)
             sides = boxes[:, 2:] - boxes[:, :2]
             large = (sides >= spec.min_size * scales[image]).all(dim=1)
-            boxes, scores = boxes[large], scores[large]
-            order = scores.argsort(descending=True, stable=True)[: spec.pre_nms]
-            boxes, scores = boxes[order], scores[order]
-            result.append(boxes[nms(boxes, scores, spec.nms_iou)[: spec.post_nms]])
+            boxes, scores, levels = boxes[large], scores[large], levels[large]
+            if spec.levels == "joined":
+                order = scores.argsort(descending=True, stable=True)[: spec.pre_nms]
+                boxes, scores = boxes[order], scores[order]
+                kept = nms(boxes, scores, spec.nms_iou)
+            else:
+                shift = spec.levels == "shifted"
+                kept = batched_nms(boxes, scores, levels, spec.nms_iou, shift=shift)
+            result.append(boxes[kept[: spec.post_nms]])
         return result
 
-    def _usable(self, anchors: Tensor, size: tuple[int, int]) -> Tensor:
-        if self.allowed_border is None:
-            return torch.ones(len(anchors), dtype=torch.bool, device=anchors.device)
-        height, width = size
-        low, high = -self.allowed_border, 1 + self.allowed_border
-        # Inclusive corners: x2 - 1 < width + border.
-        return (
-            (anchors[:, 0] >= low) & (anchors[:, 1] >= low)
-            & (anchors[:, 2] < width + high) & (anchors[:, 3] < height + high)
-        )  # fmt: skip
+    def _candidates(
+        self, raw: RPNOutput, scores: Tensor, size: tuple[int, int], spec: ProposalSpec
+    ) -> tuple[Tensor, Tensor]:
+        """The anchors (n,) of an image of `size` (h, w) that may become proposals; their levels."""
+        levels = torch.arange(len(scores), device=scores.device).split(raw.counts)
+        if self.whole_cells:
+            stride, row, column = raw.cells.unbind(1)
+            rows, columns = ((side // stride).clamp(min=1) for side in size)
+            inside = (row < rows) & (column < columns)
+            levels = [level[inside[level]] for level in levels]
+        if spec.levels != "joined":
+            levels = [
+                level[scores[level].argsort(descending=True, stable=True)[: spec.pre_nms]]
+                for level in levels
+            ]
+        numbers = [torch.full_like(level, number) for number, level in enumerate(levels)]
+        return torch.cat(levels), torch.cat(numbers)
+
+    def _usable(self, raw: RPNOutput, size: tuple[int, int]) -> Tensor:
+        """Which anchors (N,) bool may learn in an image of `size` (h, w)."""
+        usable = torch.ones(len(raw.anchors), dtype=torch.bool, device=raw.anchors.device)
+        if self.learn_multiple is not None:
+            stride, row, column = raw.cells.unbind(1)
+            height, width = (-(-side // self.learn_multiple) * self.learn_multiple for side in size)
+            usable &= (row * stride < height) & (column * stride < width)
+        if self.allowed_border is not None:
+            height, width = size
+            low, high = -self.allowed_border, 1 + self.allowed_border
+            x1, y1, x2, y2 = raw.anchors.unbind(1)
+            # Inclusive corners: x2 - 1 < width + border.
+            usable &= (x1 >= low) & (y1 >= low) & (x2 < width + high) & (y2 < height + high)
+        return usable

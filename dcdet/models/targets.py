@@ -41,25 +41,41 @@ class RoISamples:
     """RoIs of a batch with what they learn.
 
     Shapes: rois (R, 5) image index and box, labels (R,) with 0 = background, deltas (R, 4) in
-    units of the head's standard deviations, zero on background.
+    units of the head's standard deviations, zero on background, objects (R,) which of its image's
+    objects each RoI learns, without meaning on background.
     """
 
     rois: Tensor
     labels: Tensor
     deltas: Tensor
+    objects: Tensor
+
+    def foreground(self) -> "RoISamples":
+        """Those that are not background."""
+        place = (self.labels > 0).nonzero().squeeze(1)
+        return RoISamples(
+            self.rois[place], self.labels[place], self.deltas[place], self.objects[place]
+        )
 
 
-def best_object(boxes: Tensor, objects: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each box (N, 4) its best object (M, 4): IoU (N,), index (N,); and (N,) bool: whether
-    the box is the best, or as good as the best, of some object it overlaps. M must be > 0."""
+def best_object(
+    boxes: Tensor, objects: Tensor, claim_iou: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each box (N, 4) its best object (M, 4): IoU (N,), index (N,); and claimed (N,): the last
+    object of which the box is the best, or as good as the best, else -1. M must be > 0.
+
+    An object claims boxes only where the best overlaps it, by an IoU of at least `claim_iou`.
+    """
     step = max(1, PAIRS_AT_ONCE // len(objects))
     chunks = [box_ops.iou(chunk, objects) for chunk in boxes.split(step)]
     best, index = (torch.cat(x) for x in zip(*(chunk.max(dim=1) for chunk in chunks), strict=True))
     best_of_object = torch.stack([chunk.amax(dim=0) for chunk in chunks]).amax(dim=0)
-    is_best = torch.cat(
-        [((chunk == best_of_object) & (best_of_object > 0)).any(dim=1) for chunk in chunks]
-    )
-    return best, index, is_best
+    claims = (best_of_object > 0) & (best_of_object >= claim_iou)
+    number = torch.arange(len(objects), device=boxes.device)
+    claimed = [
+        torch.where((chunk == best_of_object) & claims, number, -1).amax(dim=1) for chunk in chunks
+    ]
+    return best, index, torch.cat(claimed)
 
 
 def _covered(boxes: Tensor, regions: Tensor, threshold: float | None) -> Tensor | None:
@@ -75,6 +91,7 @@ def rpn_targets(
     positive_iou: float,
     negative_iou: float,
     ignore_coverage: float | None,
+    claim_iou: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Labels (N,) int64: 1 object, 0 background, -1 neither; and deltas (N, 4) to the best object.
 
@@ -82,7 +99,9 @@ def rpn_targets(
     `usable` (N,) bool tells which anchors may learn at all. Anchors covered by an ignored region
     to at least `ignore_coverage` learn nothing, unless positive. Source: lib/rpn/rpn.py of the
     2017 release; there an object that no usable anchor touches makes every untouched anchor
-    positive, here none.
+    positive, here none. With `claim_iou` an object claims its best anchors only if their IoU is at
+    least that, and they learn that object, the last that claims them, even where another fits
+    better: max_iou_assigner.py of mmdetection.
     """
     labels = anchors.new_full((len(anchors),), -1, dtype=torch.int64)
     deltas = torch.zeros_like(anchors)
@@ -94,9 +113,11 @@ def rpn_targets(
     if len(target.boxes) == 0:
         inside_labels[:] = 0
     else:
-        best, index, is_best = best_object(candidates, target.boxes)
+        best, index, claimed = best_object(candidates, target.boxes, claim_iou or 0.0)
         inside_labels[best < negative_iou] = 0
-        inside_labels[is_best | (best >= positive_iou)] = 1
+        inside_labels[(claimed >= 0) | (best >= positive_iou)] = 1
+        if claim_iou is not None:
+            index = torch.where(claimed >= 0, claimed, index)
         deltas[inside] = box_ops.encode(candidates, target.boxes[index])
     covered = _covered(candidates, target.ignored, ignore_coverage)
     if covered is not None:
@@ -128,20 +149,26 @@ def roi_targets(
     ignore_coverage: float | None,
     spec: SampleSpec | None = None,
     seed: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """RoIs (R, 4) of one image, their labels (R,) (0 background, else 1 + class), deltas (R, 4).
+    claim_iou: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """RoIs (R, 4) of one image, their labels (R,) (0 background, else 1 + class), deltas (R, 4),
+    and the objects (R,) that they learn.
 
     The objects' own boxes join the proposals (P, 4). Foreground comes first, then background,
     each in the order of the input; RoIs in neither range are left out, and so is background
-    covered by an ignored region. `spec` draws from them, None takes all. Source:
-    rfcn/core/rcnn.py of the 2017 release.
+    covered by an ignored region. `spec` draws from them, None takes all. `claim_iou`, for the
+    proposals, as in rpn_targets. Source: rfcn/core/rcnn.py of the 2017 release.
     """
     rois = torch.cat([proposals, target.boxes])
     labels = rois.new_zeros((len(rois),), dtype=torch.int64)
     deltas = torch.zeros_like(rois)
     best = rois.new_zeros((len(rois),))
+    index = torch.zeros_like(labels)
     if len(target.boxes) and len(rois):
         best, index, _ = best_object(rois, target.boxes)
+        if claim_iou is not None and len(proposals):
+            _, _, claimed = best_object(proposals, target.boxes, claim_iou)
+            index[: len(proposals)] = torch.where(claimed >= 0, claimed, index[: len(proposals)])
         foreground = best >= foreground_iou
         labels[foreground] = target.labels[index[foreground]] + 1
         deltas[foreground] = box_ops.encode(rois, target.boxes[index])[foreground]
@@ -150,7 +177,7 @@ def roi_targets(
     covered = _covered(rois, target.ignored, ignore_coverage)
     if covered is not None:
         free = (labels > 0) | ~covered
-        rois, labels, deltas = rois[free], labels[free], deltas[free]
+        rois, labels, deltas, index = rois[free], labels[free], deltas[free], index[free]
     if spec is not None:
         # Not the RPN's random numbers once more.
         labels = subsample(labels, spec.number, spec.foreground_fraction, seed + 1)
@@ -160,7 +187,7 @@ def roi_targets(
     if missing > 0:
         order = torch.cat([order, _draw(len(rois), missing, seed + 2).to(order.device)])
         labels, deltas = F.pad(labels, (0, missing)), F.pad(deltas, (0, 0, 0, missing))
-    return rois[order], labels, deltas
+    return rois[order], labels, deltas, index[order]
 
 
 def _draw(number: int, wanted: int, seed: int) -> Tensor:
@@ -181,8 +208,7 @@ def hardest(losses: Tensor, images: Tensor, number: int) -> Tensor:
     return kept
 
 
-def smooth_l1(difference: Tensor, sigma: float) -> Tensor:
-    """Elementwise smooth L1: quadratic below 1 / sigma^2. Source: Girshick, Fast R-CNN, (3)."""
-    return F.smooth_l1_loss(
-        difference, torch.zeros_like(difference), reduction="none", beta=1.0 / sigma**2
-    )
+def smooth_l1(difference: Tensor, beta: float) -> Tensor:
+    """Elementwise smooth L1: quadratic below `beta`, L1 for 0. Source: Girshick, Fast R-CNN, (3);
+    the 2017 release's sigma is beta^-0.5."""
+    return F.smooth_l1_loss(difference, torch.zeros_like(difference), reduction="none", beta=beta)

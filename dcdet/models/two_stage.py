@@ -1,5 +1,6 @@
 """The two-stage detector: backbone, neck, region proposals, RoI head. B images."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 
 from dcdet import boxes as box_ops
 from dcdet.errors import require
+from dcdet.masks import paste
 from dcdet.models.postprocess import PostprocessSpec, select
 from dcdet.structures import Batch, Detections
 
@@ -20,6 +22,8 @@ class TwoStageDetector(nn.Module):
         pixels: how boxes are clipped and rescaled (see boxes.py).
         pixel_mean, pixel_std: RGB, in units of 0..255.
         postprocess: the choice of final detections.
+        mask_head: built, or None.
+        delta_limit: how the heads bound box deltas (see boxes.decode).
     """
 
     # What the parts do stands in their own files; any class with the same verbs will do.
@@ -27,6 +31,7 @@ class TwoStageDetector(nn.Module):
     neck: Any
     rpn: Any
     roi_head: Any
+    mask_head: Any
     pixel_mean: Tensor
     pixel_std: Tensor
 
@@ -41,6 +46,8 @@ class TwoStageDetector(nn.Module):
         pixel_mean: list[float],
         pixel_std: list[float],
         postprocess: PostprocessSpec,
+        mask_head: nn.Module | None = None,
+        delta_limit: box_ops.DeltaLimit = "none",
     ) -> None:
         super().__init__()
         require(num_classes >= 1, "num_classes", "at least 1", num_classes)
@@ -49,7 +56,7 @@ class TwoStageDetector(nn.Module):
             len(pixel_std) == 3 and min(pixel_std) > 0, "pixel_std", "3 positive numbers", pixel_std
         )
         self.backbone, self.neck = backbone, neck
-        self.rpn, self.roi_head = rpn, roi_head
+        self.rpn, self.roi_head, self.mask_head = rpn, roi_head, mask_head
         self.num_classes, self.pixels, self.postprocess = num_classes, pixels, postprocess
         self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(pixel_std).view(3, 1, 1), persistent=False)
@@ -64,27 +71,61 @@ class TwoStageDetector(nn.Module):
         roi_losses, stats = self.roi_head.losses(
             self.roi_head(features, samples.rois), samples, len(batch.sizes)
         )
-        return losses | roi_losses, stats
+        losses |= roi_losses
+        if self.mask_head is not None:
+            positive = samples.foreground()
+            logits = self.mask_head(features, positive.rois)
+            mask_losses, mask_stats = self.mask_head.losses(logits, positive, batch)
+            losses, stats = losses | mask_losses, stats | mask_stats
+        return losses, stats
 
     @torch.no_grad()
     def predict(self, *views: Batch) -> list[Detections]:
         """Detections of each image, in the original image's pixels.
 
         Several views hold the same images, at other scales or mirrored: detections are chosen once,
-        among the candidates of all of them.
+        among the candidates of all of them. Masks are those of the first view.
         """
-        candidates = [self.candidates(view) for view in views]
+        features = self.features(views[0])
+        candidates = [self.candidates(views[0], features)]
+        if self.mask_head is None:
+            del features
+        candidates += [self.candidates(view) for view in views[1:]]
         result = []
         for target, *parts in zip(views[0].targets, *candidates, strict=True):
             boxes, scores = map(torch.cat, zip(*parts, strict=True))
             result.append(Detections(target.image_id, *select(boxes, scores, self.postprocess)))
+        return result if self.mask_head is None else self._with_masks(result, features, views[0])
+
+    def _with_masks(
+        self, detections: list[Detections], features: dict[str, Tensor], batch: Batch
+    ) -> list[Detections]:
+        """The same detections of each image with their masks."""
+        rois = []
+        for image, found in enumerate(detections):
+            flip = batch.flips and batch.flips[image]
+            width = batch.targets[image].size[1]
+            boxes = box_ops.flip(found.boxes, width) if flip else found.boxes
+            boxes = box_ops.rescale(boxes, batch.scales[image], self.pixels)
+            rois.append(nn.functional.pad(boxes, (1, 0), value=image))
+        logits = self.mask_head(features, torch.cat(rois))
+        result = []
+        for image, part in enumerate(logits.split([len(found.boxes) for found in detections])):
+            found, target = detections[image], batch.targets[image]
+            cells = part[torch.arange(len(part), device=part.device), found.labels].sigmoid()
+            if batch.flips and batch.flips[image]:
+                cells = cells.flip(2)
+            masks = paste(cells, found.boxes, target.size, self.mask_head.paste)
+            result.append(replace(found, masks=masks))
         return result
 
     @torch.no_grad()
-    def candidates(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    def candidates(
+        self, batch: Batch, features: dict[str, Tensor] | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
         """Boxes (R, 4) or (R, K, 4) in the original image's pixels, and scores (R, K), of all the
         proposals of each image."""
-        features = self.features(batch)
+        features = self.features(batch) if features is None else features
         proposals = self.rpn.proposals(self.rpn(features), batch.sizes, batch.scales)
         counts = [len(boxes) for boxes in proposals]
         rois = torch.cat(

@@ -7,7 +7,7 @@ in the 2017 release's inclusive pixels (rois.py), deform_roi_pool in continuous 
 
 from dcdet.ops.deform_conv import deform_conv2d
 from dcdet.ops.deform_psroi_pool import deform_psroi_pool
-from dcdet.ops.deform_roi_pool import deform_roi_pool
+from dcdet.ops.deform_roi_pool import deform_roi_pool, roi_align
 from dcdet.ops.nms import batched_nms, nms
 from dcdet.ops.psroi_pool import psroi_pool
 from dcdet.ops.soft_nms import batched_soft_nms, soft_nms
@@ -20,5 +20,6 @@ __all__ = [
     "deform_roi_pool",
     "nms",
     "psroi_pool",
+    "roi_align",
     "soft_nms",
 ]

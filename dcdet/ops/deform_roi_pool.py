@@ -79,6 +79,41 @@ def deform_roi_pool(
     return output.to(input.dtype)
 
 
+def roi_align(
+    input: Tensor,
+    rois: Tensor,
+    output_size: int | tuple[int, int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = 0,
+    aligned: bool = True,
+) -> Tensor:
+    """RoIAlign: `deform_roi_pool` of bins that stay where they are, in its terms.
+
+    Without `aligned`, as in torchvision's detectors, a RoI spans x1 * scale to x2 * scale on the
+    map, half a pixel further down and right, and is at least one pixel high and wide. Source: He et
+    al., Mask R-CNN; roi_align of torchvision.
+    """
+    if not aligned:
+        bins = checks.pair(OP, "output_size", output_size, 1)
+        _check(input, rois, None, bins, spatial_scale, sampling_ratio, 0.0, operator=False)
+        image, low, high = rois.to(checks.compute_dtype(input)).split([1, 2, 2], dim=1)
+        high = torch.maximum(high, low + 1 / spatial_scale)
+        rois = torch.cat([image, low + 0.5 / spatial_scale, high + 0.5 / spatial_scale], dim=1)
+    return deform_roi_pool(input, rois, None, output_size, spatial_scale, sampling_ratio)
+
+
+def moved_bins(rois: Tensor, offset: Tensor, gamma: float) -> Tensor:
+    """Where the bins of rois (R, 5) lie once `offset` (R, 2, ph, pw) has moved them, in the rois'
+    pixels: boxes (R, ph, pw, 4)."""
+    rows, columns = offset.shape[2:]
+    low, size = rois[:, None, None, 1:3], (rois[:, 3:] - rois[:, 1:3])[:, None, None]
+    y, x = torch.meshgrid(
+        torch.arange(rows).to(rois) / rows, torch.arange(columns).to(rois) / columns, indexing="ij"
+    )
+    start = low + size * (torch.stack([x, y], dim=-1) + gamma * offset.permute(0, 2, 3, 1))
+    return torch.cat([start, start + size / size.new_tensor([columns, rows])], dim=-1)
+
+
 def _check(
     input: Tensor,
     rois: Tensor,
