@@ -13,6 +13,7 @@ from torch import Tensor
 
 Pixels = Literal["inclusive", "continuous"]
 DeltaLimit = Literal["none", "high", "both"]
+Scale = float | tuple[float, float]  # how much an image was enlarged: one factor, or (y, x)
 
 MAX_LOG_RATIO = math.log(1000 / 16)
 
@@ -95,15 +96,27 @@ def clip(boxes: Tensor, size: tuple[int, int], pixels: Pixels) -> Tensor:
     )
 
 
-def rescale(boxes: Tensor, factor: float, pixels: Pixels) -> Tensor:
-    """Boxes (N, 4) in an image enlarged by `factor`.
+def rescale(boxes: Tensor, scale: Scale, pixels: Pixels) -> Tensor:
+    """Boxes (..., 4) in an image enlarged by `scale`.
 
     Inclusive pixels scale the inclusive corners, as the 2017 systems do: x2' = (x2 - 1) * f + 1.
     """
+    y, x = per_axis(scale)
+    factor = boxes.new_tensor([x, y, x, y])
     if pixels == "continuous":
         return boxes * factor
     shift = boxes.new_tensor([0.0, 0.0, 1.0, 1.0])
     return (boxes - shift) * factor + shift
+
+
+def per_axis(scale: Scale) -> tuple[float, float]:
+    """The factors (y, x) of a scale."""
+    return scale if isinstance(scale, tuple) else (scale, scale)
+
+
+def inverse(scale: Scale) -> Scale:
+    """The scale of the way back."""
+    return (1 / scale[0], 1 / scale[1]) if isinstance(scale, tuple) else 1 / scale
 
 
 def flip(boxes: Tensor, width: int) -> Tensor:

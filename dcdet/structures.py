@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dcdet.boxes import Scale
+
 
 @dataclass(frozen=True)
 class Target:
@@ -33,23 +35,24 @@ class Target:
 
 @dataclass(frozen=True)
 class Sample:
-    """One image ready for the network: image (3, H, W) uint8, target in that image's pixels.
+    """One image ready for the network: image (3, H, W), target in that image's pixels.
 
-    `scale` is network pixels per original pixel. `seed` is derived from run seed, epoch and place
-    in the data set; every random choice about this image is drawn from it, so that results do not
-    depend on the number of workers or processes. `flip`: mirrored left to right, boxes too.
+    Pixels are in 0..255: uint8, or float32 where they were resized so. `scale` is network pixels
+    per original pixel. `seed` is derived from run seed, epoch and place in the data set; every
+    random choice about this image is drawn from it, so that results do not depend on the number of
+    workers or processes. `flip`: mirrored left to right, boxes too.
     """
 
     image: Tensor
     target: Target
-    scale: float
+    scale: Scale
     seed: int
     flip: bool = False
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B images padded right and bottom to one size: images (B, 3, Hp, Wp) uint8.
+    """B images padded right and bottom to one size: images (B, 3, Hp, Wp) uint8 or float32.
 
     `sizes` are the images' own network sizes before padding; lists have length B. `skipped` names
     each file that could not be used for this batch, and why; in training another took its place.
@@ -59,7 +62,7 @@ class Batch:
     images: Tensor
     sizes: list[tuple[int, int]]
     targets: list[Target]
-    scales: list[float]
+    scales: list[Scale]
     seeds: list[int]
     skipped: tuple[tuple[str, str], ...] = ()
     flips: tuple[bool, ...] = ()

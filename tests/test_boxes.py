@@ -76,6 +76,18 @@ def test_rescale_is_undone_by_the_inverse_factor(
     )
 
 
+@given(box, st.floats(0.1, 10), st.floats(0.1, 10), st.sampled_from(["inclusive", "continuous"]))
+def test_each_axis_has_its_own_scale(one: list[float], y: float, x: float, pixels: str) -> None:
+    boxes = torch.tensor([one], dtype=torch.float64)
+    there = box_ops.rescale(boxes, (y, x), pixels)
+    for axis, factor in ((slice(0, None, 2), x), (slice(1, None, 2), y)):
+        assert torch.equal(there[:, axis], box_ops.rescale(boxes, factor, pixels)[:, axis])
+    back = box_ops.rescale(there, box_ops.inverse((y, x)), pixels)
+    torch.testing.assert_close(back, boxes, atol=1e-8, rtol=1e-8)
+    assert box_ops.per_axis(y) == (y, y)
+    assert box_ops.inverse(y) == 1 / y
+
+
 def test_inclusive_rescale_moves_the_last_pixel_not_the_border() -> None:
     boxes = torch.tensor([[10.0, 20.0, 30.0, 40.0]])
     assert box_ops.rescale(boxes, 2.0, "inclusive").tolist() == [[20.0, 40.0, 59.0, 79.0]]

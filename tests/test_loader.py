@@ -1,6 +1,8 @@
 """Samples, batches, order and bad images, with one process and several."""
 
+import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,11 +17,13 @@ import numpy as np
 import pytest
 import torch
 from data_sets import write_voc
+from torch import nn
 
 from dcdet.datasets import loader
 from dcdet.datasets.loader import (
     DataSection,
     DetectionDataset,
+    Pick,
     ResizeSpec,
     collate,
     epoch_order,
@@ -31,6 +35,8 @@ from dcdet.datasets.loader import (
 from dcdet.datasets.transforms import network_scale, read_image
 from dcdet.datasets.voc import VOC
 from dcdet.errors import MachineError, UserError
+from dcdet.models.postprocess import PostprocessSpec
+from dcdet.models.two_stage import TwoStageDetector
 from dcdet.structures import Batch
 
 WIDE, TALL = (24, 36), (36, 24)
@@ -124,6 +130,48 @@ def test_black_pixels_count_as_image(tmp_path: Path) -> None:
     # Inclusive (34, 24) * 0.4 = (13.6, 9.6), rounded, is (14, 10): just outside without padding.
     assert plain.targets[0].boxes.tolist() == [[0, 0, 14, 10]]
     assert padded.targets[0].boxes.tolist() == [[0, 0, 15, 11]]
+
+
+def test_images_of_a_batch_equal_mmdetections(shared: Path, tmp_path: Path) -> None:
+    """From image files to the network's input: DetDataPreprocessor's recorded batch."""
+    folder = shared / "golden_mmdet"
+    image_u8 = runpy.run_path(str(folder / "param_mmdet.py"))["image_u8"]
+    recorded = json.loads((folder / "preprocess.json").read_text())
+    cases = [recorded["resize"][number] for number in recorded["batch"]["images"]]
+    write_voc(tmp_path, {str(c["seed"]): (tuple(c["size"]), [("cat", 1, 1, 9, 9)]) for c in cases})
+    for case in cases:
+        path = tmp_path / "JPEGImages" / f"{case['seed']}.png"
+        cv2.imwrite(str(path), image_u8(*case["size"], case["seed"]))
+    spec = section(resize=ResizeSpec(800, 1333, "mmdetection"), pad_multiple=32)
+    dataset = DetectionDataset(VOC(str(tmp_path), "train", ["cat"], "continuous"), spec,
+                               training=False)  # fmt: skip
+    samples = [dataset.samples(Pick(i, False, 0), dataset.records[i])[0] for i in range(2)]
+    batch = collate(samples, spec.pad_multiple)
+    assert batch.sizes == [tuple(case["new"]) for case in cases]
+    assert batch.scales == [tuple(case["scale_factor"][::-1]) for case in cases]
+    model = TwoStageDetector(
+        nn.Identity(), None, nn.Identity(), nn.Identity(), 1, "continuous",
+        [123.675, 116.28, 103.53], [58.395, 57.12, 57.375], PostprocessSpec(0.05, 0.5, 100),
+    )  # fmt: skip
+    found: Any = model.features(batch)
+    assert list(found.shape) == recorded["batch"]["shape"]
+    expected = np.load(folder / "preprocess.npz")["batch_s41"]
+    # Equal up to float32 where OpenCV is of the recording's version; others may round.
+    limit = 1e-6 if cv2.__version__ == recorded["cv2"] else 1.01 / 57
+    assert np.abs(found[:, :, ::41, ::41].numpy() - expected).max() <= limit
+
+
+def test_float_pixels_travel_through_a_batch(tmp_path: Path) -> None:
+    spec = ResizeSpec(32, 48, "torchvision")
+    dataset = data_set(tmp_path, [(23, 36), (36, 25)] * 2, resize=spec, flip="none")
+    [batch] = epoch(dataset)
+    assert batch.images.dtype == torch.float32
+    assert 1 < batch.images.max() <= 255
+    assert sorted(set(batch.sizes)) == [(30, 48), (46, 32)]
+    assert set(batch.scales) == {(30 / 23, 48 / 36), (46 / 36, 32 / 25)}
+    padded = pad_to(batch, [50, 50])
+    assert padded.images.dtype == torch.float32
+    assert padded.images[:, :, 48:].abs().sum() == 0
 
 
 def test_any_number_of_workers_gives_the_same_batches(tmp_path: Path) -> None:

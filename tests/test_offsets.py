@@ -15,6 +15,7 @@ from golden import load
 from torch import Tensor, nn
 
 from dcdet import build_model, cli, load_config
+from dcdet.boxes import Scale
 from dcdet.engine.checkpoint import save
 from dcdet.engine.offsets import roi_parts, sampling_points
 from dcdet.ops import deform_psroi_pool
@@ -31,7 +32,7 @@ def build(*overrides: str) -> Any:
     return build_model(load_config(QUICKSTART, list(overrides))).eval()
 
 
-def batch_of(height: int, width: int, scale: float) -> Batch:
+def batch_of(height: int, width: int, scale: Scale) -> Batch:
     """One image of the network's size `height` x `width`."""
     pixels = torch.from_numpy(picture((height, width))).permute(2, 0, 1)[None]
     nothing = torch.zeros(0, 4)
@@ -93,6 +94,17 @@ def test_zero_offsets_give_the_regular_grid(plain_offsets: Any) -> None:
         else:
             assert samples.isnan().all()
             assert not weights.any()
+
+
+def test_points_and_parts_follow_the_scale_of_each_axis(plain_offsets: Any) -> None:
+    points = [(70.0, 50.0), (35.0, 50.0)]
+    whole = sampling_points(plain_offsets, batch_of(256, 320, 2.0), points[:1])
+    halved = sampling_points(plain_offsets, batch_of(256, 320, (2.0, 4.0)), points[1:])
+    for one, other in ((whole.centres, halved.centres), (whole.positions, halved.positions)):
+        assert torch.equal(one * torch.tensor([0.5, 1.0]), other)
+    box = [10.0, 12.0, 34.0, 54.0]
+    parts = roi_parts(plain_offsets, batch_of(128, 128, (2.0, 3.0)), found_in([box], [0]))
+    torch.testing.assert_close(parts, tiles(box, 3)[None])
 
 
 def test_a_known_bias_shifts_each_layer(plain_offsets: Any) -> None:

@@ -134,6 +134,15 @@ def test_proposals_follow_limits_and_carry_no_gradient() -> None:
     assert (boxes[:, 3] <= 90).all()
 
 
+def test_the_least_size_is_in_original_pixels_on_each_axis() -> None:
+    rpn = make_rpn([2, 4], ProposalSpec(500, 500, 0.99, min_size=20.0)).eval()
+    raw = rpn({"c4": torch.randn(1, 4, 6, 8)})
+    [boxes] = rpn.proposals(raw, [(90, 120)], [(3.0, 0.5)])
+    width, height = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
+    assert height.min() >= 60
+    assert 10 <= width.min() < 60
+
+
 def test_infinite_deltas_do_not_reach_the_proposals() -> None:
     rpn = make_rpn([2], ProposalSpec(50, 50, 0.7, 0.0)).eval()
     raw = rpn({"c4": torch.randn(1, 4, 6, 8)})

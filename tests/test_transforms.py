@@ -1,28 +1,35 @@
 """Decoding, resizing and placing boxes, against OpenCV, numpy and the recorded release."""
 
 import contextlib
+import json
 import os
+import runpy
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from data_sets import picture
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from dcdet.datasets.transforms import (
     BadImage,
+    ResizeMethod,
     network_scale,
+    network_size,
     place_boxes,
     read_file,
     read_image,
     read_size,
     resize,
+    shown,
 )
 
 IGNORE = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
@@ -248,6 +255,121 @@ def test_the_long_side_limits_the_scale(size: tuple[int, int], scale: float) -> 
 def test_an_image_that_would_vanish_is_refused() -> None:
     with pytest.raises(BadImage, match="too narrow"):
         resize(picture((2, 4000)), 0.1)
+
+
+def test_resize_equals_mmdetection(shared: Path) -> None:
+    folder = shared / "golden_mmdet"
+    image_u8 = runpy.run_path(str(folder / "param_mmdet.py"))["image_u8"]
+    golden = np.load(folder / "preprocess.npz")
+    recorded = json.loads((folder / "preprocess.json").read_text())
+    assert len(recorded["resize"]) == 11
+    for number, case in enumerate(recorded["resize"]):
+        height, width = case["size"]
+        assert network_size((height, width), 800, 1333, "mmdetection") == tuple(case["new"])
+        if f"resized{number}_s37" not in golden:
+            continue
+        image = image_u8(height, width, case["seed"])[:, :, ::-1]  # recorded as BGR
+        pixels, scale = shown(image, 800, 1333, "mmdetection", False)
+        assert scale == tuple(case["scale_factor"][::-1])
+        found = pixels.flip(0).permute(1, 2, 0)[::37, ::37].numpy().astype(int)
+        # Equal to the recording where OpenCV is of its version; others may round.
+        limit = 0 if cv2.__version__ == recorded["cv2"] else 1
+        assert np.abs(found - golden[f"resized{number}_s37"]).max() <= limit
+
+
+@given(st.integers(2, 3000), st.integers(2, 3000), st.integers(1, 900), st.integers(0, 700))
+def test_sizes_equal_torchvisions(height: int, width: int, short: int, more: int) -> None:
+    found = network_size((height, width), short, short + more, "torchvision")
+    scale = min(short / min(height, width), (short + more) / max(height, width))
+    if min(found) == 0:
+        return
+    image = torch.empty(1, 1, height, width, device="meta")
+    expected = torch.nn.functional.interpolate(
+        image, scale_factor=scale, recompute_scale_factor=True, mode="bilinear"
+    )
+    assert found == tuple(expected.shape[2:])
+
+
+def test_resize_equals_torchvision() -> None:
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    random = np.random.default_rng(0)
+    for short, long in ((160, 266), (37, 61), (90, 90)):
+        theirs = GeneralizedRCNNTransform(short, long, mean.tolist(), std.tolist()).eval()
+        for height, width in random.integers(9, 300, (8, 2)).tolist():
+            image = random.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            pixels, (y, x) = shown(image, short, long, "torchvision", False)
+            assert pixels.dtype == torch.float32
+            corners = random.random((5, 2, 2)) * [width, height]
+            boxes = np.concatenate([corners.min(1), corners.max(1)], 1).astype(np.float32)
+            target = {"boxes": torch.from_numpy(boxes)}
+            batch, [target] = theirs([torch.from_numpy(image / np.float32(255)).permute(2, 0, 1)],
+                                     [target])  # fmt: skip
+            size = pixels.shape[1], pixels.shape[2]
+            assert batch.image_sizes == [size]
+            expected = batch.tensors[0, :, : size[0], : size[1]] * std[:, None, None]
+            expected = (expected + mean[:, None, None]) * 255
+            torch.testing.assert_close(pixels, expected, atol=1e-3, rtol=0)
+            assert (y, x) == (size[0] / height, size[1] / width)
+            placed = place_boxes(boxes, (height, width), size, (y, x), False, "continuous")
+            torch.testing.assert_close(placed, target["boxes"], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),  # of ResizeShortestEdge(800, 1333), worked out by hand
+    [
+        ((480, 640), (800, 1067)),
+        ((640, 427), (1199, 800)),
+        ((500, 1000), (667, 1333)),  # 666.5 rounds up
+        ((150, 640), (312, 1333)),
+        ((612, 612), (800, 800)),
+        ((2000, 3000), (800, 1200)),
+    ],
+)
+def test_resize_equals_detectron2(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    image = picture(size)
+    pixels, scale = shown(image, 800, 1333, "detectron2", False)
+    pillow = Image.fromarray(image).resize(expected[::-1], Image.Resampling.BILINEAR)
+    np.testing.assert_array_equal(pixels.permute(1, 2, 0), np.asarray(pillow))
+    assert scale == (expected[0] / size[0], expected[1] / size[1])
+
+
+METHODS = get_args(ResizeMethod)
+
+
+def test_mirroring_comes_first_or_last_as_in_each_system() -> None:
+    size = 60, 100  # becomes 98 x 163, where OpenCV 5.0 gives other pixels in the other order
+    image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    for method in METHODS:
+        plain, _ = shown(image, 98, 163, method, False)
+        mirrored, scale = shown(image, 98, 163, method, True)
+        first, _ = shown(np.ascontiguousarray(image[:, ::-1]), 98, 163, method, False)
+        assert torch.equal(mirrored, first if method == "original" else plain.flip(2))
+        height, width = mirrored.shape[1], mirrored.shape[2]
+        box = np.array([[90, 3, 100, 60]], np.float32)  # at the right border
+        placed = place_boxes(box, size, (height, width), scale, True, "continuous")
+        expected = torch.tensor([[0, height / 20, width / 10, height]])
+        torch.testing.assert_close(placed, expected, atol=0.04, rtol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_thin_images_are_resized_or_refused(method: ResizeMethod) -> None:
+    for size in ((1, 20_000), (20_000, 2), (2, 2), (2, 3), (1, 1), (16_384, 13)):
+        image = np.full((*size, 3), 77, np.uint8)
+        if max(size) > 1333 * min(size):
+            with pytest.raises(BadImage, match="too narrow"):
+                shown(image, 800, 1333, method, True)
+            continue
+        pixels, _ = shown(image, 800, 1333, method, True)
+        assert min(pixels.shape[1:]) >= 1
+        assert max(pixels.shape[1:]) <= 1333
+        assert pixels.min() == pixels.max() == 77
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_inclusive_boxes_scale_on_each_axis(flip: bool) -> None:
+    box = np.array([[2, 3, 10, 20]], np.float32)
+    found = place_boxes(box, (30, 40), (60, 120), (2.0, 3.0), flip, "inclusive")[0].tolist()
+    assert found == ([90, 6, 112, 39] if flip else [6, 6, 28, 39])
 
 
 sides = st.integers(2, 900)

@@ -82,6 +82,17 @@ def test_detections_lie_in_the_original_image(model: Any) -> None:
     torch.testing.assert_close(model.predict(alone)[0].scores, found[1].scores)
 
 
+def test_each_axis_goes_back_by_its_own_scale(model: Any) -> None:
+    model.eval()
+    batch = make_batch(0)
+    [(plain, _), _] = model.candidates(replace(batch, scales=[1.0, 1.0]))
+    [(found, _), _] = model.candidates(replace(batch, scales=[(2.0, 0.5), 1.0]))
+    torch.testing.assert_close(found, plain / plain.new_tensor([0.5, 2.0, 0.5, 2.0]))
+    floats = replace(batch, images=batch.images.float())
+    of_floats, of_bytes = model.features(floats), model.features(batch)
+    assert all(torch.equal(of_floats[name], of_bytes[name]) for name in of_bytes)
+
+
 def test_a_network_without_proposals_finds_nothing(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,7 +112,7 @@ def evaluate(config: Any, model: nn.Module) -> dict[str, Any]:
     for [batch] in test_loader(dataset, data, 0, 1):
         images, _ = images_and_targets(batch)
         for found, scale, target in zip(model(images), batch.scales, batch.targets, strict=True):
-            boxes = box_ops.rescale(found["boxes"], 1 / scale, config.model.pixels)
+            boxes = box_ops.rescale(found["boxes"], box_ops.inverse(scale), config.model.pixels)
             evaluator.update(
                 Detections(target.image_id, boxes, found["scores"], found["labels"] - 1)
             )

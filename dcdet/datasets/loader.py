@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from dcdet.boxes import Pixels
+from dcdet.boxes import Pixels, Scale
 from dcdet.datasets.records import Problem, Record
 from dcdet.datasets.transforms import (
     MAX_PIXELS,
     BadImage,
     Orientation,
-    network_scale,
+    ResizeMethod,
     place_boxes,
     read_image,
-    resize,
+    shown,
 )
 from dcdet.errors import MachineError, UserError
 from dcdet.structures import Batch, Sample, Target
@@ -38,10 +38,19 @@ log = logging.getLogger("dcdet.datasets")
 
 @dataclass(frozen=True)
 class ResizeSpec:
-    """The short side becomes `short` pixels, unless the long one would exceed `long`."""
+    """The short side becomes `short` pixels, unless the long one would exceed `long`.
+
+    `method` is whose rule: weights find most where images are resized as when they were trained.
+        original: the 2017 release's: one factor for both axes, OpenCV's bilinear on 8 bits.
+        mmdetection: sides rounded, each axis with its own factor, OpenCV's bilinear on 8 bits.
+        torchvision: sides rounded down, each axis with its own factor, bilinear on float pixels.
+        detectron2: sides rounded, each axis with its own factor, Pillow's bilinear on 8 bits, which
+            averages where an image shrinks.
+    """
 
     short: int
     long: int
+    method: ResizeMethod = "original"
 
     def __post_init__(self) -> None:
         if not 1 <= self.short <= self.long <= 16_384:
@@ -136,16 +145,15 @@ class View(NamedTuple):
     resize: ResizeSpec
     flip: bool = False
 
-    def of(self, image: np.ndarray, multiple: int) -> tuple[Tensor, float]:
+    def of(self, image: np.ndarray, multiple: int) -> tuple[Tensor, Scale]:
         """Image (H, W, 3) uint8 -> what the network sees of it (3, H', W'), and its scale.
 
-        Mirrored, resized, then padded with black pixels, which count as image, to sides that are
+        Mirrored and resized, then padded with black pixels, which count as image, to sides that are
         multiples of `multiple` (IMAGE_STRIDE in lib/utils/image.py of the 2017 release). BadImage
         if it is too narrow.
         """
-        scale = network_scale(image.shape[:2], self.resize.short, self.resize.long)
-        shown = resize(image[:, ::-1] if self.flip else image, scale)
-        pixels = torch.from_numpy(shown).permute(2, 0, 1)
+        resize = self.resize
+        pixels, scale = shown(image, resize.short, resize.long, resize.method, self.flip)
         bottom, right = (-side % multiple for side in pixels.shape[1:])
         return torch.nn.functional.pad(pixels, (0, right, 0, bottom)), scale
 
@@ -271,7 +279,8 @@ def collate(
         -(-max((size[axis] for size in sizes), default=0) // pad_multiple) * pad_multiple
         for axis in (0, 1)
     )
-    images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
+    dtype = samples[0].image.dtype if samples else torch.uint8
+    images = torch.zeros(len(samples), 3, height, width, dtype=dtype)
     for image, sample, size in zip(images, samples, sizes, strict=True):
         image[:, : size[0], : size[1]] = sample.image
     return Batch(

@@ -10,12 +10,14 @@ from typing import Literal
 import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from dcdet import boxes as box_ops
 
 Orientation = Literal["ignore", "apply"]
+ResizeMethod = Literal["original", "mmdetection", "torchvision", "detectron2"]
 
 MAX_PIXELS = 64_000_000
 MAX_SIDE = 16_384
@@ -131,11 +133,61 @@ def resize(image: np.ndarray, scale: float) -> np.ndarray:
     return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
 
 
+def network_size(
+    size: tuple[int, int], short: int, long: int, method: ResizeMethod
+) -> tuple[int, int]:
+    """The size (h, w) that an image of `size` gets where each axis has a factor of its own.
+
+    Sources: mmcv, image/geometric.py; torchvision, models/detection/transform.py (as Python runs
+    it: TorchScript computes in float32); detectron2, data/transforms/augmentation_impl.py.
+    """
+    if method == "detectron2":
+        scale = short / min(size)
+        sides = [float(short) if side == min(size) else side * scale for side in size]
+        shrink = min(1.0, long / max(sides))
+        sides = [side * shrink for side in sides]
+    else:
+        scale = min(short / min(size), long / max(size))
+        sides = [side * scale for side in size]
+    half = 0.0 if method == "torchvision" else 0.5
+    height, width = (int(side + half) for side in sides)
+    return height, width
+
+
+def shown(
+    image: np.ndarray, short: int, long: int, method: ResizeMethod, flip: bool
+) -> tuple[Tensor, box_ops.Scale]:
+    """Image (H, W, 3) uint8 -> resized and perhaps mirrored (3, H', W') in 0..255, and its scale.
+
+    `method`: see loader.ResizeSpec. The 2017 release mirrors first, mmdetection last: OpenCV's
+    8-bit pixels then differ by 1 here and there. BadImage if the image is too narrow.
+    """
+    size = image.shape[0], image.shape[1]
+    if method == "original":
+        factor = network_scale(size, short, long)
+        resized = resize(image[:, ::-1] if flip else image, factor)
+        return torch.from_numpy(resized).permute(2, 0, 1), factor
+    height, width = network_size(size, short, long, method)
+    if min(height, width) < 1:
+        raise BadImage(f"too narrow: {size[1]} x {size[0]} pixels become {width} x {height}")
+    if method == "mmdetection":
+        resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    elif method == "detectron2":
+        bilinear = Image.Resampling.BILINEAR
+        resized = np.array(Image.fromarray(image).resize((width, height), bilinear))
+    else:
+        resized = image.astype(np.float32)
+    pixels = torch.from_numpy(resized).permute(2, 0, 1)
+    if method == "torchvision":
+        pixels = F.interpolate(pixels[None], (height, width), mode="bilinear")[0]
+    return pixels.flip(2) if flip else pixels, (height / size[0], width / size[1])
+
+
 def place_boxes(
     boxes: np.ndarray,
     size: tuple[int, int],
     network_size: tuple[int, int],
-    scale: float,
+    scale: box_ops.Scale,
     flip: bool,
     pixels: box_ops.Pixels,
 ) -> Tensor:
@@ -148,7 +200,7 @@ def place_boxes(
         placed = box_ops.flip(placed, size[1])
     if pixels == "inclusive":
         corner = placed.new_tensor([0.0, 0.0, 1.0, 1.0])
-        placed = ((placed - corner) * scale).round() + corner
+        placed = box_ops.rescale(placed - corner, scale, "continuous").round() + corner
     else:
         placed = box_ops.rescale(placed, scale, pixels)
     placed = box_ops.clip(placed, network_size, pixels)

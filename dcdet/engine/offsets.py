@@ -185,8 +185,9 @@ def sampling_points(
     stack = dict(list(reversed(stages[stage].items()))[:MAX_LAYERS])
     with _inputs(stack.values()) as inputs:
         model.features(batch)
-    scale, stride = batch.scales[0], model.backbone.strides[stage]
-    where = torch.tensor(points, device=batch.images.device).view(-1, 2).flip(1) * scale
+    stride, device = model.backbone.strides[stage], batch.images.device
+    scale = torch.tensor(box_ops.per_axis(batch.scales[0]), device=device)
+    where = torch.tensor(points, device=device).view(-1, 2).flip(1) * scale
     top = next(iter(stack.values()))
     # The last pixel of a map may lie wholly outside it, where a pooling layer rounded sizes down.
     last = (where.new_tensor(inputs[top].shape[2:]) - 1).div(top.stride, rounding_mode="floor")
@@ -239,7 +240,7 @@ def roi_parts(model: TwoStageDetector, batch: Batch, found: Detections) -> Tenso
     boxes = box_ops.rescale(found.boxes.to(device), scale, model.pixels)
     rois = nn.functional.pad(boxes, (1, 0))
     parts = model.roi_head.parts(model.features(batch), rois, found.labels.to(device))
-    return parts.cpu() / scale
+    return box_ops.rescale(parts.cpu(), box_ops.inverse(scale), "continuous")
 
 
 @contextmanager

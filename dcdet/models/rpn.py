@@ -211,7 +211,7 @@ class RPNHead(nn.Module):
 
     @torch.no_grad()
     def proposals(
-        self, raw: RPNOutput, sizes: list[tuple[int, int]], scales: list[float]
+        self, raw: RPNOutput, sizes: list[tuple[int, int]], scales: list[box_ops.Scale]
     ) -> list[Tensor]:
         """Boxes (P, 4) for each image, best first, P <= post_nms; they carry no gradient."""
         spec = self.train_spec if self.training else self.test_spec
@@ -223,7 +223,9 @@ class RPNHead(nn.Module):
             boxes = box_ops.decode(raw.anchors[picked], raw.deltas[image, picked], self.delta_limit)
             boxes = box_ops.clip(boxes, size, self.pixels)
             sides = boxes[:, 2:] - boxes[:, :2]
-            large = (sides >= spec.min_size * scales[image]).all(dim=1)
+            y, x = box_ops.per_axis(scales[image])
+            least = sides.new_tensor([spec.min_size * x, spec.min_size * y])
+            large = (sides >= least).all(dim=1)
             boxes, scores, levels = boxes[large], scores[large], levels[large]
             if spec.levels == "joined":
                 order = scores.argsort(descending=True, stable=True)[: spec.pre_nms]

@@ -139,7 +139,7 @@ class TwoStageDetector(nn.Module):
         )  # fmt: skip
         for image_boxes, image_scores, size, scale, flip, target in per_image:
             image_boxes = box_ops.clip(image_boxes, size, self.pixels)
-            image_boxes = box_ops.rescale(image_boxes, 1 / scale, self.pixels)
+            image_boxes = box_ops.rescale(image_boxes, box_ops.inverse(scale), self.pixels)
             if flip:
                 image_boxes = box_ops.flip(image_boxes, target.size[1])
             result.append((image_boxes, image_scores))
