@@ -102,18 +102,20 @@ def load_weights(model: nn.Module, path: str | Path, partial: bool = False) -> d
 
 
 def load_pretrained(backbone: nn.Module, source: str) -> None:
-    """ImageNet weights under torchvision's names, from a file or, for "torchvision", from its hub.
+    """ImageNet weights under torchvision's names, from a file or from its hub: "torchvision" for
+    today's, "torchvision_v1" for its first ones, with which most detectors were trained.
 
     `dcdet convert` makes such files of other frameworks'. Classifier weights are left out; offset
     convolutions keep their zeros. Raises UserError.
     """
-    if source == "torchvision":
+    if source in ("torchvision", "torchvision_v1"):
         from torchvision.models import get_model_weights
 
         bottleneck = hasattr(backbone.get_submodule("layer3.0"), "conv3")
         blocks = len(list(backbone.get_submodule("layer3").children()))
         depth = {2: 18, 6: 50 if bottleneck else 34, 23: 101}[blocks]
-        entry = get_model_weights(f"resnet{depth}").DEFAULT
+        known = get_model_weights(f"resnet{depth}")
+        entry = known.DEFAULT if source == "torchvision" else known["IMAGENET1K_V1"]
         try:
             state = entry.get_state_dict(progress=False, check_hash=True)
         except OSError as error:

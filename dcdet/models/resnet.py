@@ -215,7 +215,7 @@ class ResNet(nn.Module):
         dilate_c5: c5 keeps stride 16 and dilates its 3x3 convolutions by 2.
         freeze_to: stages up to this one get no gradient: 0 none, 1 the stem, 2 stem and c2, ...
         deform: deformable convolutions, or None.
-        pretrained: a file of weights, "torchvision" (downloaded once), or None.
+        pretrained: a file of weights, "torchvision" or "torchvision_v1" (downloaded once), or None.
     Attributes:
         channels, strides: of each map, by name.
     """
