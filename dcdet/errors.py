@@ -40,3 +40,8 @@ def require(holds: bool, key: str, wanted: str, got: object) -> None:
     """
     if not holds:
         raise ValueError(f"{key}: must be {wanted}, got {got!r}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -79,11 +79,12 @@ def roles() -> dict[str, dict[str, type]]:
     from dcdet.models.resnet import ResNet
     from dcdet.models.rfcn_head import RFCNHead
     from dcdet.models.rpn import RPNHead
+    from dcdet.models.timm_backbone import TimmBackbone
     from dcdet.models.two_stage import TwoStageDetector
 
     return {
         "model": {"TwoStageDetector": TwoStageDetector},
-        "backbone": {"ResNet": ResNet},
+        "backbone": {"ResNet": ResNet, "TimmBackbone": TimmBackbone},
         "neck": {"FPN": FPN},
         "rpn": {"RPNHead": RPNHead},
         "roi_head": {"RFCNHead": RFCNHead, "BoxHead": BoxHead},

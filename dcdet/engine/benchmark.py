@@ -29,13 +29,8 @@ from torch import Tensor
 from torchvision.ops import deform_conv2d as torchvision_deform_conv2d
 from torchvision.ops import ps_roi_align, ps_roi_pool, roi_align
 
-from dcdet.engine.runtime import (
-    first_line,
-    keep_freed_memory,
-    pick_device,
-    strict_json,
-    write_text,
-)
+from dcdet.engine.runtime import keep_freed_memory, pick_device, strict_json, write_text
+from dcdet.errors import first_line
 from dcdet.ops import (
     compiled,
     deform_conv2d,

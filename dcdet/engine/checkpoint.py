@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dcdet.errors import DivergedError, MachineError, UserError
+from dcdet.errors import DivergedError, MachineError, UserError, first_line
+from dcdet.models.timm_backbone import TimmBackbone
 
 FORMAT = 1
 NAME = re.compile(r"step_(\d{8})\.pth")
@@ -62,7 +63,12 @@ def load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(path, "no such checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file  # comes with timm
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for damaged or hostile files
         raise UserError(
             path, f"not a readable checkpoint ({type(error).__name__})",
@@ -101,13 +107,18 @@ def load_weights(model: nn.Module, path: str | Path, partial: bool = False) -> d
     return state.get("meta", {})
 
 
-def load_pretrained(backbone: nn.Module, source: str) -> None:
+def load_pretrained(backbone: nn.Module, source: str | bool) -> None:
     """ImageNet weights under torchvision's names, from a file or from its hub: "torchvision" for
     today's, "torchvision_v1" for its first ones, with which most detectors were trained.
 
     `dcdet convert` makes such files of other frameworks'. Classifier weights are left out; offset
-    convolutions keep their zeros. Raises UserError.
+    convolutions keep their zeros. A TimmBackbone has timm's weights, under timm's names; True
+    downloads them. Raises UserError.
     """
+    if isinstance(backbone, TimmBackbone):
+        _load_timm(backbone, source)
+        return
+    source = str(source)
     if source in ("torchvision", "torchvision_v1"):
         from torchvision.models import get_model_weights
 
@@ -139,6 +150,27 @@ def load_pretrained(backbone: nn.Module, source: str) -> None:
         if name.startswith(prefix) and not name.startswith("fc.")
         if not name.endswith("num_batches_tracked")
     }
+    copy_weights(backbone, {**own_parts(backbone), **weights}, path)
+
+
+def _load_timm(backbone: TimmBackbone, source: str | bool) -> None:
+    place = "model.backbone.pretrained"
+    if source is True:
+        try:
+            weights = backbone.published_weights()
+        except Exception as error:  # the hub's client raises many kinds
+            what = f"cannot download timm's weights of {backbone.name}: {first_line(error)}"
+            raise UserError(place, what, "save them yourself and name the file") from error
+        path = Path(backbone.name)
+    else:
+        path = Path(str(source))
+        if not path.is_file():
+            raise UserError(
+                f"{place}: {source}", "no such file",
+                f"timm's weights of {backbone.name} are wanted; or set it to true to download "
+                "them, to null to train from scratch",
+            )  # fmt: skip
+        weights = backbone.own_names(_plain_names(load(path)["model"]))
     copy_weights(backbone, {**own_parts(backbone), **weights}, path)
 
 

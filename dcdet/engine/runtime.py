@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dcdet.errors import MachineError, UserError
+from dcdet.errors import MachineError, UserError, first_line
 
 log = logging.getLogger("dcdet")
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -215,8 +215,3 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

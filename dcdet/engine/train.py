@@ -21,7 +21,7 @@ from dcdet.datasets.loader import (
 )
 from dcdet.engine import checkpoint, runtime
 from dcdet.engine.logs import Logs
-from dcdet.engine.runtime import Runtime, Signals, first_line
+from dcdet.engine.runtime import Runtime, Signals
 from dcdet.engine.setup import build_reader, comparable
 from dcdet.engine.solver import (
     SolverSection,
@@ -30,7 +30,7 @@ from dcdet.engine.solver import (
     milestones_in_updates,
     set_learning_rate,
 )
-from dcdet.errors import DivergedError, MachineError, UserError
+from dcdet.errors import DivergedError, MachineError, UserError, first_line
 from dcdet.models.build import build_model
 from dcdet.registry import check
 from dcdet.structures import Batch
