@@ -12,7 +12,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dcdet.errors import DivergedError, MachineError, UserError, first_line
 from dcdet.models.timm_backbone import TimmBackbone
 
+T = TypeVar("T")
 FORMAT = 1
 NAME = re.compile(r"step_(\d{8})\.pth")
 log = logging.getLogger("dcdet.checkpoint")
@@ -102,7 +103,7 @@ def load_weights(model: nn.Module, path: str | Path, partial: bool = False) -> d
     """
     path = Path(path)
     state = load(path)
-    weights = _plain_names(state["model"])
+    weights = plain_names(state["model"])
     copy_weights(model, weights, path, partial=partial)
     return state.get("meta", {})
 
@@ -142,7 +143,7 @@ def load_pretrained(backbone: nn.Module, source: str | bool) -> None:
                 "download today's weights, to null to train from scratch",
             )  # fmt: skip
         state = load(path)["model"]
-    weights = _plain_names(state)
+    weights = plain_names(state)
     prefix = "backbone." if any(name.startswith("backbone.") for name in weights) else ""
     weights = {
         name.removeprefix(prefix): value
@@ -262,7 +263,8 @@ def prune(folder: Path, keep: int) -> None:
         path.unlink(missing_ok=True)
 
 
-def _plain_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def plain_names(weights: dict[str, T]) -> dict[str, T]:
+    """Without what a wrapper of the model put before every name."""
     for prefix in ("module.", "_orig_mod."):
         if weights and all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): value for name, value in weights.items()}

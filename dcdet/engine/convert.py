@@ -3,7 +3,8 @@
 import hashlib
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,8 @@ from dcdet.datasets.transforms import read_file
 from dcdet.engine import checkpoint
 from dcdet.errors import UserError
 from dcdet.models.build import build_model
-from dcdet.weights import Translated, mxnet
+from dcdet.weights import Translated, detectron2, mmdet, mxnet, pickles, torchvision
+from dcdet.weights.pickles import File
 
 MAX_BYTES = 8 << 30
 OFFICIAL_SET = re.compile(r"[a-z-]+20(14|15|17)")
@@ -25,15 +27,20 @@ log = logging.getLogger("dcdet.convert")
 class Family(Protocol):
     """What a module of dcdet/weights offers."""
 
-    def read(self, content: bytes, path: Path) -> dict[str, Any] | None:
-        """The entries of a file by name; None for a file of another family."""
+    def knows(self, names: Collection[str]) -> bool:
+        """Whether these are the names of an architecture of this family."""
 
-    def translate(self, arrays: dict[str, Any], box_std: Tensor | None, path: Path) -> Translated:
+    def translate(self, file: File) -> Translated:
         """The entries in dcdet's terms."""
 
 
-FAMILIES: dict[str, Family] = {"MXNet": mxnet}
-READ = "it reads MXNet's .params files"
+FAMILIES: dict[str, Family] = {
+    "mmdetection": mmdet, "torchvision": torchvision, "detectron2": detectron2,
+}  # fmt: skip
+READ = (
+    "it reads MXNet's .params files, and mmdetection's, torchvision's and detectron2's .pth and "
+    ".pkl files of ResNets and of Faster and Mask R-CNN with them"
+)
 
 
 def convert(config: Any, source: Path, destination: Path, report: Callable[[str], None]) -> int:
@@ -49,26 +56,26 @@ def convert(config: Any, source: Path, destination: Path, report: Callable[[str]
         content = read_file(str(source), MAX_BYTES)
     except OSError as error:
         raise UserError(source, f"cannot be read: {error.strerror or error}") from error
-    name, arrays = _read(content, source)
+    sha256 = hashlib.sha256(content).hexdigest()
     model = build_model(config)
     box_std = dict(model.named_buffers()).get("roi_head.box_std")
-    translated = FAMILIES[name].translate(arrays, box_std, source)
+    name, number, translated = _read(content, sha256, source, box_std)
     weights = _fitting(model, translated, source, config.where())
     for key, wanted in translated.rules.items():
         value = _look_up(config, key)
         if value is not None and value != wanted:
             log.warning("%s: %s is %s, these weights were trained with %s",
                         config.where(key), key, short(value), short(wanted))  # fmt: skip
-    sha256 = hashlib.sha256(content).hexdigest()
+    names = None if translated.backbone_only else translated.classes
     meta = {
-        **_classes(config),
+        **_classes(config, names),
         "config": config.plain(),
         "origin": {"family": name, "file": source.name, "sha256": sha256},
     }
     checkpoint.save(destination, {"model": weights, "meta": meta})
     only = translated.backbone_only
     into = "model.backbone, the file has nothing else" if only else "the whole model"
-    report(f"{source}: {name}, {len(arrays)} arrays, sha256 {sha256}")
+    report(f"{source}: {name}, {number} arrays, sha256 {sha256}")
     report(f"{len(translated.values)} loaded into {into}")
     report("0 missing")
     report(f"{len(translated.unknown)} unused{checkpoint.first(translated.unknown)}")
@@ -79,19 +86,26 @@ def convert(config: Any, source: Path, destination: Path, report: Callable[[str]
     return 0
 
 
-def _read(content: bytes, source: Path) -> tuple[str, dict[str, Any]]:
-    """The name of the family, and its entries."""
-    for name, family in FAMILIES.items():
-        arrays = family.read(content, source)
-        if arrays is not None:
-            return name, arrays
-    try:
-        known = "format" in checkpoint.load(source)
-    except UserError:
-        known = False
-    if known:
+def _read(
+    content: bytes, sha256: str, source: Path, box_std: Tensor | None
+) -> tuple[str, int, Translated]:
+    """The family of a file, the number of its arrays, and they in dcdet's terms."""
+    arrays = mxnet.read(content, source)
+    if arrays is not None:
+        return "MXNet", len(arrays), mxnet.translate(arrays, box_std, source)
+    file = pickles.read(content, source, sha256)
+    if file is None:
+        raise UserError(source, "is of no kind that convert reads", READ)
+    if {"format", "digest"} <= file.about.keys():
         raise UserError(source, "is a dcdet checkpoint already", "give it to --weights as it is")
-    raise UserError(source, "is of no kind that convert reads", READ)
+    file = replace(file, weights=checkpoint.plain_names(file.weights))
+    known = [name for name, family in FAMILIES.items() if family.knows(file.weights)]
+    if len(known) != 1:
+        what = f"has the names of {' and '.join(known)}" if known else (
+            f"has names of no network that is known{checkpoint.first(list(file.weights))}"
+        )  # fmt: skip
+        raise UserError(source, what, READ)
+    return known[0], len(file.weights), FAMILIES[known[0]].translate(file)
 
 
 def _fitting(
@@ -131,14 +145,22 @@ def _look_up(config: Any, key_path: str) -> Any:
     return config
 
 
-def _classes(config: Any) -> dict[str, Any]:
-    """Names and category ids of the labels, as entries of `meta`, as far as the config tells."""
+def _classes(config: Any, of_file: list[str] | None = None) -> dict[str, Any]:
+    """Names and category ids of the labels, as entries of `meta`, as far as the file, whose names
+    come first, and the config tell."""
     names, test, number = config.data.classes, config.data.test, config.model.num_classes
     official = test.type == "COCO" and all(
         OFFICIAL_SET.fullmatch(part) for part in (test.get("image_set") or "").split("+")
     )
     if names is None and official and number == len(CATEGORY_IDS):
         names = CATEGORY_IDS
+    if of_file and len(of_file) == number:
+        if names is not None and list(names) != of_file:
+            log.warning(
+                "%s: data.classes are %s, those of the file %s: the file's are kept",
+                config.where("data.classes"), short(list(names)), short(of_file),
+            )  # fmt: skip
+        names = of_file
     if names is None:
         return {}
     if len(names) != number:

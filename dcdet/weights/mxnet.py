@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dcdet.errors import UserError
-from dcdet.weights import Translated
+from dcdet.weights import Translated, tensor
 
 MAGIC = struct.pack("<Q", 0x112)
 V1, V2, V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
@@ -212,7 +212,7 @@ def translate(arrays: dict[str, np.ndarray], box_std: Tensor | None, path: Path)
             raise UserError(f"{path}: {entry}", f"{first} is the same parameter")
     values, entries, notes = {}, {}, []
     for own, pair in found.items():
-        tensors = {test: _tensor(arrays[entry], f"{path}: {entry}") for test, entry in pair.items()}
+        tensors = {test: tensor(arrays[entry], f"{path}: {entry}") for test, entry in pair.items()}
         if len({value.shape for value in tensors.values()}) > 1:
             raise UserError(f"{path}: {' and '.join(pair.values())}", "have other shapes")
         entries[own] = pair[min(pair)]  # X, if it is there
@@ -222,13 +222,6 @@ def translate(arrays: dict[str, np.ndarray], box_std: Tensor | None, path: Path)
             notes.append(f"{entries[own]}: {note}")
     heads = any(not own.startswith("backbone.") for own in values)
     return Translated(values, entries, unknown, notes, RULES if heads else BACKBONE_RULES)
-
-
-def _tensor(array: np.ndarray, where: str) -> Tensor:
-    if array.dtype.kind != "f":
-        raise UserError(where, f"holds {array.dtype.name}, not the weights of a network")
-    with np.errstate(over="ignore"):  # an infinity is found and named later
-        return torch.from_numpy(array.astype(np.float32))
 
 
 def _box_scale(own: str, entry: str, value: Tensor, box_std: Tensor | None) -> Tensor | float:
