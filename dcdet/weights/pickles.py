@@ -30,7 +30,7 @@ import numpy as np
 from dcdet.errors import UserError
 
 # A training checkpoint of ResNet-101 has 50 thousand.
-MAX_OPERATIONS = 2_000_000
+MAX_OPERATIONS = 500_000
 MAX_INTEGER_BITS, MAX_RANK = 128, 32
 MAGIC = 0x1950A86A20F9469CFC6C
 
@@ -52,9 +52,9 @@ TENSORS = {"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"}
 PARAMETERS = {"torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter"}
 # Of configs, logs, schedules and random states, which stand beside the weights.
 HARMLESS = {
-    "argparse.Namespace", "builtins.bool", "builtins.complex", "builtins.float",
-    "builtins.frozenset", "builtins.int", "builtins.list", "builtins.set", "builtins.slice",
-    "collections.Counter", "collections.deque", "datetime.date", "datetime.datetime",
+    "argparse.Namespace", "builtins.bool", "builtins.bytearray", "builtins.complex",
+    "builtins.float", "builtins.frozenset", "builtins.int", "builtins.list", "builtins.set",
+    "builtins.slice", "collections.Counter", "collections.deque", "datetime.date", "datetime.datetime",
     "datetime.timedelta", "datetime.timezone", "mmcv.utils.config.Config",
     "mmengine.config.config.Config", "mmengine.logging.history_buffer.HistoryBuffer",
     "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.ndarray",
@@ -64,8 +64,8 @@ HARMLESS = {
                                    "int32", "int64", "int8", "uint8")),
 }  # fmt: skip
 KNOWN = {
-    "_codecs.encode", "numpy.dtype", *STORAGES, *DICTIONARIES, *RECONSTRUCT, *FROM_BUFFER, *TENSORS,
-    *PARAMETERS, *HARMLESS,
+    "_codecs.encode", "builtins.bytes", "numpy.dtype", *STORAGES, *DICTIONARIES, *RECONSTRUCT,
+    *FROM_BUFFER, *TENSORS, *PARAMETERS, *HARMLESS,
 }  # fmt: skip
 # What damaged or hostile bytes make the code below raise.
 DAMAGED = (
@@ -251,8 +251,8 @@ class _Reader:
                 case "EMPTY_TUPLE":
                     stack.append(())
                 case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                    size = int(opcode.name[-1])
-                    stack[-size:] = [tuple(stack[-size:])]
+                    items = [stack.pop() for _ in range(int(opcode.name[-1]))]
+                    stack.append(tuple(items[::-1]))
                 case "TUPLE":
                     stack.append(tuple(marked()))
                 case "EMPTY_LIST":
@@ -341,6 +341,8 @@ class _Reader:
             if encoding != "latin1":
                 raise ValueError(encoding)
             return self._bytes(text)
+        if name == "builtins.bytes" and not arguments:  # as protocol 2 has no bytes at all
+            return b""
         if name == "numpy.dtype":
             return _DType(arguments[0])
         if name in RECONSTRUCT:
