@@ -171,7 +171,7 @@ def _load_timm(backbone: TimmBackbone, source: str | bool) -> None:
                 f"timm's weights of {backbone.name} are wanted; or set it to true to download "
                 "them, to null to train from scratch",
             )  # fmt: skip
-        weights = backbone.own_names(_plain_names(load(path)["model"]))
+        weights = backbone.own_names(plain_names(load(path)["model"]))
     copy_weights(backbone, {**own_parts(backbone), **weights}, path)
 
 
