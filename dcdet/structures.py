@@ -22,7 +22,8 @@ class Target:
     """What is known about one image.
 
     Shapes: boxes (N, 4) float32, labels (N,) int64, ignored (M, 4) float32: regions that are
-    neither object nor background (COCO crowd, VOC difficult).
+    neither object nor background (COCO crowd, VOC difficult). masks (N, H, W) bool of an image of
+    (H, W) network pixels before the batch is padded; None without them, and in testing.
     """
 
     image_id: int | str
@@ -75,6 +76,7 @@ class Batch:
                 boxes=t.boxes.to(device, non_blocking=True),
                 labels=t.labels.to(device, non_blocking=True),
                 ignored=t.ignored.to(device, non_blocking=True),
+                masks=None if t.masks is None else t.masks.to(device, non_blocking=True),
             )
             for t in self.targets
         ]
@@ -85,7 +87,8 @@ class Batch:
 class Detections:
     """What was found in one image, best score first, in the original image's pixels.
 
-    Shapes: boxes (N, 4) float32, scores (N,) float32 in [0, 1], labels (N,) int64.
+    Shapes: boxes (N, 4) float32, scores (N,) float32 in [0, 1], labels (N,) int64, masks (N, H, W)
+    bool of the original image's size, or None.
     """
 
     image_id: int | str

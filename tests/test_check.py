@@ -125,14 +125,31 @@ def test_coco(tmp_path: Path) -> None:
     assert sum("annotations[1] (id 1): bbox [1, 1, 0, 0]: degenerate box" in x for x in lines) == 2
 
 
-def run_coco(root: Path) -> tuple[int, list[str]]:
+def test_masks(tmp_path: Path) -> None:
+    train = f"data.train={{type: COCO, root: {tmp_path}, image_set: train, masks: true}}"
+    content = coco_content(6)
+    for item in content["annotations"]:
+        item["segmentation"] = [[5, 5, 15, 5, 15, 15]]
+    write_coco(tmp_path, content)
+    code, lines = run_coco(tmp_path, train)
+    assert code == 0
+    assert any("6 objects (0 difficult or crowd), with masks, 3 classes" in x for x in lines)
+    content["annotations"][1]["segmentation"] = [[5, 5, 15, float("nan"), 15, 15]]
+    write_coco(tmp_path, content)
+    code, lines = run_coco(tmp_path, train)
+    assert code == 1
+    assert "  1 x polygon with a non-finite or huge outline:" in lines
+    assert sum("annotations[1] (id 1): segmentation: polygon with a non-" in x for x in lines) == 1
+
+
+def run_coco(root: Path, *more: str) -> tuple[int, list[str]]:
     config: Any = (CONFIG.parent.parent / "rfcn" / "rfcn_r101_coco.yaml").read_text()
     for image_set in ("train2014+val2014", "test-dev2015", "minival2014"):
         config = config.replace(image_set, "train")
     file = root / "config.yaml"
     file.write_text(config.replace("data/coco", str(root)))
     lines: list[str] = []
-    overrides = ["model.num_classes=3", "data.workers=0"]
+    overrides = ["model.num_classes=3", "data.workers=0", *more]
     return check(load_config(file, overrides), lines.append), lines
 
 

@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from data_sets import coco_content, write_coco
 from hypothesis import given
 from hypothesis import strategies as st
 from pycocotools.coco import COCO as Official
 
 from dcdet.datasets.coco import COCO
-from dcdet.datasets.records import DataError, count_kinds
+from dcdet.datasets.records import DataError, Record, count_kinds
 from dcdet.errors import UserError
+from dcdet.masks import decode, encode, read_runs
 
 
 def read(root: Path, image_set: str = "train", **options: Any) -> COCO:
@@ -142,6 +144,111 @@ def test_joined_sets(tmp_path: Path) -> None:
     write_coco(tmp_path, coco_content(), "val")
     with pytest.raises(UserError, match=r"val\.json: images\[0\] \(id 10\): id 10 was used before"):
         read(tmp_path, "train+val")
+
+
+def masks_of(record: Record) -> np.ndarray:
+    masks = record.masks
+    assert masks is not None
+    return decode(masks, record.size)
+
+
+def test_masks_equal_pycocotools(tmp_path: Path) -> None:
+    """Polygons and run lengths of both kinds, an object's and a crowd's."""
+    content = coco_content(2)
+    random = np.random.default_rng(0)
+    for number in range(5):
+        corners = random.uniform((-5, -5), (65, 45), (6 + number, 2)).round(2)
+        content["annotations"].append({
+            **content["annotations"][0], "id": 10 + number, "iscrowd": int(number in (1, 3)),
+            "segmentation": [corners.ravel().tolist()],
+        })  # fmt: skip
+    crowd, thing = content["annotations"][3], content["annotations"][4]
+    bitmap = random.random((40, 60)) < 0.2
+    [rle] = encode(torch.from_numpy(bitmap)[None])
+    crowd["segmentation"] = {
+        "size": [40, 60],
+        "counts": read_runs(rle["counts"], (40, 60)).tolist(),
+    }
+    thing["segmentation"] = rle
+    del content["annotations"][:2]
+    content["annotations"][0]["segmentation"].append([1, 1, 20, 1, 20, 30.5, 1, 30])
+    root = write_coco(tmp_path, content)
+    [record, empty] = read(root, masks=True).records
+    with contextlib.redirect_stdout(io.StringIO()):
+        official = Official(str(root / "annotations" / "instances_train.json"))
+    expected = [official.annToMask(item) for item in official.loadAnns([10, 11, 12, 13, 14])]
+    lengths = record.truth.run_lengths()
+    assert lengths is not None
+    np.testing.assert_array_equal(decode(lengths, (40, 60)), expected)
+    np.testing.assert_array_equal(masks_of(record), np.array(expected)[[0, 2, 4]])
+    assert record.truth.ignore.tolist() == [False, True, False, True, False]
+    assert (len(record.boxes), len(record.ignored)) == (3, 2)
+    assert masks_of(empty).shape == (0, 40, 60)
+    plain = read(root)
+    assert plain.records[0].masks is plain.records[0].truth.masks is None
+    np.testing.assert_array_equal(plain.records[0].boxes, record.boxes)
+
+
+def test_masks_stay_with_their_boxes(tmp_path: Path) -> None:
+    """Whatever is dropped: a bad box, a bad mask, another class."""
+    content = coco_content(1)
+    first = content["annotations"][0]
+    content["annotations"] = [
+        {
+            **first, "id": number, "category_id": 17 if number == 3 else 3,
+            "bbox": [5, 5, 0 if number == 1 else 10 + number, 10],
+            "segmentation": [[5, 5, 15 + number, 5, 15 + number, 15, 5, 15]],
+        }
+        for number in range(6)
+    ]  # fmt: skip
+    content["annotations"][4]["segmentation"] = None
+    reader = read(write_coco(tmp_path, content), masks=True, classes=["car"])
+    [record] = reader.records
+    assert record.boxes[:, 2].tolist() == [15, 17, 20]
+    assert masks_of(record).any(axis=1).sum(axis=1).tolist() == [10, 12, 15]
+    assert (
+        count_kinds(reader.problems) == "1 x degenerate box, 1 x neither polygons nor run lengths"
+    )
+
+
+def test_bad_masks_are_named(tmp_path: Path) -> None:
+    content = coco_content(6)
+    good = [[5, 5, 15, 5, 15, 15, 5, 15]]
+    wrong: list[Any] = [
+        [*good, [1, 2, 3]], {"size": [60, 40], "counts": [2400]}, [["a"] * 6],
+        {"size": [40, 60], "counts": "04P"}, [[90, 90, 99, 90, 99, 99]],
+    ]  # fmt: skip
+    for item, segmentation in zip(content["annotations"], [*wrong, good], strict=True):
+        item["segmentation"] = segmentation
+    root = write_coco(tmp_path, content)
+    reader = read(root, masks=True)
+    file = root / "annotations" / "instances_train.json"
+    assert [str(problem) for problem in reader.problems] == [
+        f"{file}: annotations[{number}] (id {number}): segmentation: {what}"
+        for number, what in enumerate([
+            "polygon without three corners (left out)",
+            "run lengths of another size than the image's (dropped)",
+            "polygon that is not a list of numbers (dropped)",
+            "run lengths that cannot be decompressed (dropped)",
+            "mask without a pixel (kept)",
+        ])
+    ]  # fmt: skip
+    assert [len(record.boxes) for record in reader.records] == [1, 0, 0, 0, 1, 1]
+    assert [len(record.truth.ids) for record in reader.records] == [1, 0, 0, 0, 1, 1]
+    assert read(root).problems == []
+    with pytest.raises(
+        UserError, match=r"annotations\[0\] \(id 0\): segmentation: polygon without"
+    ):
+        read(root, masks=True, strict=True)
+
+
+def test_masks_of_a_set_without_any(tmp_path: Path) -> None:
+    root = write_coco(tmp_path, coco_content())
+    with pytest.raises(UserError, match=r"train\.json: no annotation has a segmentation"):
+        read(root, masks=True)
+    content = coco_content()
+    content["annotations"] = []  # a test set
+    assert len(read(write_coco(tmp_path, content), masks=True).records) == 3
 
 
 coordinate = st.floats(-30, 90).map(lambda v: round(v, 2))
@@ -384,6 +491,8 @@ def test_any_change_of_a_file_loads_or_names_a_place(
 ) -> None:
     root = tmp_path_factory.getbasetemp() / "changed"
     content: Any = coco_content()
+    content["annotations"][0]["segmentation"] = [[5, 5, 15, 5, 15, 15]]
+    content["annotations"][1]["segmentation"] = {"size": [40, 60], "counts": [500, 100, 1800]}
     if not root.exists():
         write_coco(root, content)
     for _ in range(data.draw(st.integers(1, 3))):
@@ -400,7 +509,7 @@ def test_any_change_of_a_file_loads_or_names_a_place(
     boxes = data.draw(st.sampled_from(["exact", "truncated"]))
     reader = message = None
     try:
-        reader = read(root, boxes=boxes)
+        reader = read(root, boxes=boxes, masks=True)
     except UserError as error:
         message = str(error)
     if reader is None:
@@ -411,6 +520,7 @@ def test_any_change_of_a_file_loads_or_names_a_place(
         for x1, y1, x2, y2 in [*record.boxes, *record.ignored]:
             assert 0 <= x1 < x2 <= width
             assert 0 <= y1 < y2 <= height
-        assert len(record.labels) == len(record.boxes)
+        assert len(record.labels) == len(record.boxes) == len(record.masks or [])
+        assert len(record.truth.run_lengths() or []) == len(record.truth.xywh)
         assert np.isfinite(record.truth.xywh).all()
         assert np.isfinite(record.truth.areas).all()

@@ -32,6 +32,7 @@ from dcdet.datasets.loader import (
     steps_per_epoch,
     train_loader,
 )
+from dcdet.datasets.shapes import Shapes
 from dcdet.datasets.transforms import network_scale, read_image
 from dcdet.datasets.voc import VOC
 from dcdet.errors import MachineError, UserError
@@ -172,6 +173,56 @@ def test_float_pixels_travel_through_a_batch(tmp_path: Path) -> None:
     padded = pad_to(batch, [50, 50])
     assert padded.images.dtype == torch.float32
     assert padded.images[:, :, 48:].abs().sum() == 0
+
+
+def with_masks(root: Path, training: bool = True, **changes: Any) -> DetectionDataset:
+    """Four images of the embedded set, with masks."""
+    reader = Shapes(str(root / "shapes"), "train", None, "continuous", "coco", 4, 1, masks=True)
+    values = {"batch_size": 2, "pad_images": 32, "resize": ResizeSpec(70, 110), **changes}
+    return DetectionDataset(reader, section(**values), training=training)
+
+
+def test_masks_come_with_the_boxes(tmp_path: Path) -> None:
+    """Boxes are tight around their masks, but for a thin end that no sampled pixel met."""
+    dataset = with_masks(tmp_path)
+    batches = epoch(dataset)
+    assert len(batches) == 4
+    for batch in batches:
+        for target, size in zip(batch.targets, batch.sizes, strict=True):
+            masks = target.masks
+            assert masks is not None
+            assert (masks.dtype, masks.shape) == (torch.bool, (len(target.boxes), *size))
+            assert size == (96, 96)
+            assert not masks[:, 70:].any()
+            assert not masks[:, :, 88:].any()
+            for mask, box in zip(masks, target.boxes, strict=True):
+                rows, columns = mask.nonzero().unbind(1)
+                found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+                assert (torch.tensor(found) - box).abs().max() < 2
+    [one], [other] = (dataset.samples(dataset.pick(p, 0, 0), dataset.records[0]) for p in (0, 4))
+    assert one.target.masks is not None
+    assert other.target.masks is not None
+    assert torch.equal(one.target.masks[:, :, :88].flip(2), other.target.masks[:, :, :88])
+
+
+def test_masks_from_workers_and_on_another_device(tmp_path: Path) -> None:
+    batches = [epoch(with_masks(tmp_path, workers=workers)) for workers in (0, 2)]
+    for one, two in zip(*batches, strict=True):
+        assert same(one, two)
+        for a, b in zip(one.targets, two.targets, strict=True):
+            assert a.masks is not None
+            assert b.masks is not None
+            assert torch.equal(a.masks, b.masks)
+    moved = batches[0][0].to("meta").targets[0].masks
+    assert moved is not None
+    assert moved.device.type == "meta"
+    assert epoch(data_set(tmp_path / "voc", [WIDE] * 4))[0].to("meta").targets[0].masks is None
+
+
+def test_no_masks_are_made_in_testing(tmp_path: Path) -> None:
+    dataset = with_masks(tmp_path, training=False)
+    [sample] = dataset.samples(dataset.pick(0, 0, 0), dataset.records[0])
+    assert sample.target.masks is None
 
 
 def test_any_number_of_workers_gives_the_same_batches(tmp_path: Path) -> None:

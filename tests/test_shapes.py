@@ -12,6 +12,7 @@ import pytest
 
 from dcdet.datasets.shapes import CLASSES, SIZE, Shapes, write_shapes
 from dcdet.errors import UserError
+from dcdet.masks import decode
 
 NUMBERS = {"train": 12, "test": 5}
 
@@ -104,6 +105,24 @@ def test_classes_select(root: Path) -> None:
         for one, two in zip(reader.records, everything.records, strict=True):
             expected = [label for label in two.labels if CLASSES[label] in ("star", "ring")]
             assert [reader.classes[label] for label in one.labels] == [CLASSES[i] for i in expected]
+
+
+def test_masks_are_what_was_drawn(root: Path) -> None:
+    for record in read(root, form="coco", masks=True).records:
+        masks = record.masks
+        assert masks is not None
+        bitmaps = decode(masks, SIZE)
+        assert len(bitmaps) == len(record.boxes)
+        for bitmap, (x1, y1, x2, y2), area in zip(
+            bitmaps, record.boxes, record.truth.areas, strict=True
+        ):
+            rows, columns = np.nonzero(bitmap)
+            found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert np.abs(np.array(found) - [x1, y1, x2, y2]).max() <= 1.5
+            assert abs(bitmap.sum() - area) < 0.2 * area + 20
+    assert read(root, form="coco").records[0].masks is None
+    with pytest.raises(ValueError, match="masks: are not in the voc form"):
+        read(root, masks=True)
 
 
 def test_other_folders_are_left_alone(root: Path, tmp_path: Path) -> None:

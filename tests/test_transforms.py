@@ -25,12 +25,14 @@ from dcdet.datasets.transforms import (
     network_scale,
     network_size,
     place_boxes,
+    place_masks,
     read_file,
     read_image,
     read_size,
     resize,
     shown,
 )
+from dcdet.masks import encode
 
 IGNORE = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
 
@@ -409,3 +411,34 @@ def test_continuous_boxes_stay_inside_and_keep_a_size(
     mirrored = np.array([width - box[0, 2], box[0, 1], width - box[0, 0], box[0, 3]])
     expected = (mirrored if flip else box[0]) * scale
     assert np.abs(found - expected).max() <= 0.52 + 1e-3 * scale
+
+
+def run_lengths(masks: np.ndarray) -> list[bytes]:
+    return [rle["counts"].encode() for rle in encode(torch.from_numpy(masks))]
+
+
+@given(
+    st.integers(8, 60), st.integers(8, 60), st.floats(0.1, 5), st.booleans(), st.integers(0, 40),
+    st.integers(0, 3), st.integers(0, 99),
+)  # fmt: skip
+def test_masks_go_with_the_image(
+    height: int, width: int, scale: float, flip: bool, padding: int, number: int, seed: int
+) -> None:
+    masks = np.random.default_rng(seed).random((number, height, width)) < 0.5
+    image = resize(np.zeros((height, width, 3), np.uint8), scale)
+    shown = image.shape[1], image.shape[0]
+    network_size = shown[1] + padding, shown[0] + padding
+    found = place_masks(run_lengths(masks), (height, width), network_size, scale, flip).numpy()
+    assert found.shape == (number, *network_size)
+    for mask, one in zip(masks, found, strict=True):
+        expected = cv2.resize(mask.astype(np.uint8), shown, interpolation=cv2.INTER_NEAREST)
+        expected = np.pad(expected[:, ::-1] if flip else expected, ((0, padding), (0, padding)))
+        np.testing.assert_array_equal(one, expected)
+
+
+def test_masks_at_a_scale_for_each_axis() -> None:
+    mask = np.arange(20 * 30).reshape(1, 20, 30) % 7 < 3
+    found = place_masks(run_lengths(mask), (20, 30), (31, 64), (31 / 20, 50 / 30), False)[0]
+    expected = cv2.resize(mask[0].astype(np.uint8), (50, 31), interpolation=cv2.INTER_NEAREST)
+    np.testing.assert_array_equal(found[:, :50], expected)
+    assert not found[:, 50:].any()

@@ -87,9 +87,10 @@ def _describe(reader: Reader, part: str, write: Write) -> None:
     labels = np.concatenate([truth.labels for truth in truths])
     ignore = np.concatenate([truth.ignore for truth in truths])
     sides = np.concatenate([truth.xywh for truth in truths])[:, 2:]
+    masks = ", with masks" if truths[0].masks is not None else ""
     write(
         f"{part}: {reader.name}: {len(truths)} images, {len(labels)} objects "
-        f"({int(ignore.sum())} difficult or crowd), {len(reader.classes)} classes"
+        f"({int(ignore.sum())} difficult or crowd){masks}, {len(reader.classes)} classes"
     )
     width = max(len(name) for name in reader.classes)
     for label, name in enumerate(reader.classes):

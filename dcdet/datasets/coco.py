@@ -18,10 +18,12 @@ from dcdet.datasets.records import (
     Truth,
     box_array,
     clean_box,
+    mask_array,
     path_inside,
 )
 from dcdet.datasets.transforms import BadImage, read_file, read_size
 from dcdet.errors import UserError
+from dcdet.masks import clean_segmentation
 
 Box = tuple[float, float, float, float]
 
@@ -69,6 +71,9 @@ class COCO:
     inclusive corners (x, y, x + max(0, w - 1), y + max(0, h - 1)), clipped, fractions cut off.
     Bad annotations are dropped or clipped and counted in `problems`; `strict` makes them a
     UserError. A file that breaks the format is a UserError always.
+
+    `masks` reads the segmentations, too: polygons or run lengths. An annotation without a usable
+    one is dropped, box and all.
     """
 
     def __init__(
@@ -81,12 +86,14 @@ class COCO:
         images: str | None = None,
         boxes: Literal["exact", "truncated"] = "exact",
         strict: bool = False,
+        masks: bool = False,
     ) -> None:
         if (image_set is None) == (annotations is None):
             raise ValueError("image_set: give either image_set or annotations")
         self.name = f"COCO {image_set or annotations}"
         self.pixels: Pixels = pixels
         self.truncated = boxes == "truncated"
+        self.masks = masks
         self.classes: list[str] = []
         self.category_ids: list[int] = []
         self.records: list[Record] = []
@@ -107,6 +114,8 @@ class COCO:
             raise UserError(file, f"has other categories than the sets before it in {self.name}")
         self.category_ids, self.classes = ids, selected
         self._labels = {number: label for label, number in enumerate(ids)}
+        if self.masks:
+            _require_segmentations(file, sections["annotations"])
         images = self._read_images(file, sections["images"], folder)
         objects = self._read_annotations(file, sections["annotations"], images, names)
         for image_id, (path, size) in images.items():
@@ -199,7 +208,7 @@ class COCO:
         objects: list[tuple[int, dict[str, Any]]],
     ) -> Record:
         boxes, labels, ignored = [], [], []
-        xywh, truth_labels, crowds, areas, ids = [], [], [], [], []
+        xywh, truth_labels, crowds, areas, ids, masks = [], [], [], [], [], []
         for index, item in objects:
             label = self._labels.get(item["category_id"])
             if label is None:
@@ -212,6 +221,14 @@ class COCO:
                 )
             if clean is None:
                 continue
+            if self.masks:
+                mask, fault = clean_segmentation(item.get("segmentation"), size)
+                if fault:
+                    kind = fault.split(" (")[0]
+                    self._found.add(where, f"segmentation: {fault}", kind, image_id)
+                if mask is None:
+                    continue
+                masks.append(mask)
             crowd = bool(item.get("iscrowd", 0))
             width, height = item["bbox"][2:]
             area = item.get("area", width * height)
@@ -236,6 +253,7 @@ class COCO:
             ignore=np.array(crowds, dtype=bool),
             areas=np.array(areas, dtype=np.float64),
             ids=np.array(ids, dtype=np.int64),
+            masks=mask_array(masks) if self.masks else None,
         )
         return Record(
             path=path,
@@ -313,6 +331,12 @@ def _load(file: str) -> dict[str, list[Any]]:
         if not isinstance(content[section], list):
             raise UserError(f"{file}: {section}", "must be a list")
     return content
+
+
+def _require_segmentations(file: str, items: list[Any]) -> None:
+    """UserError for a file of boxes only: dropping its objects one by one would help nobody."""
+    if items and not any(isinstance(item, dict) and "segmentation" in item for item in items):
+        raise UserError(file, "no annotation has a segmentation", "set masks: false to do without")
 
 
 def _select(

@@ -27,6 +27,7 @@ from dcdet.datasets.transforms import (
     Orientation,
     ResizeMethod,
     place_boxes,
+    place_masks,
     read_image,
     shown,
 )
@@ -217,7 +218,10 @@ class DetectionDataset:
                 for boxes in (record.boxes, record.ignored)
             )
             labels = torch.from_numpy(record.labels)
-            target = Target(record.image_id, size, boxes, labels, ignored)
+            masks = None
+            if self.training and record.masks is not None:
+                masks = place_masks(record.masks, size, network_size, scale, view.flip)
+            target = Target(record.image_id, size, boxes, labels, ignored, masks)
             samples.append(Sample(pixels, target, scale, pick.seed, view.flip))
         return samples
 

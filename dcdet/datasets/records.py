@@ -25,7 +25,8 @@ class Truth:
 
     Shapes: xywh (A, 4) float64: x, y, width, height in continuous pixels, exactly as annotated,
     not clipped; labels (A,) int64; ignore (A,) bool: VOC difficult, COCO crowd; areas (A,) float64
-    square pixels; ids (A,) int64.
+    square pixels; ids (A,) int64. masks: one array of letters for all of them, see `mask_array`;
+    None where the reader was not asked for masks.
     """
 
     xywh: np.ndarray
@@ -33,6 +34,11 @@ class Truth:
     ignore: np.ndarray
     areas: np.ndarray
     ids: np.ndarray
+    masks: np.ndarray | None = None
+
+    def run_lengths(self) -> list[bytes] | None:
+        """The compressed run lengths (masks.py) of the A masks."""
+        return None if self.masks is None else self.masks.tobytes().split()
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +46,8 @@ class Record:
     """One image of a data set, for training: N objects, M ignored regions.
 
     `size` is (h, w) as annotated, (0, 0) where unknown. Shapes: boxes (N, 4) and ignored (M, 4)
-    float32, continuous xyxy with 0 <= x1 < x2 <= w; labels (N,) int64.
+    float32, continuous xyxy with 0 <= x1 < x2 <= w; labels (N,) int64. The N objects are the
+    annotations of `truth` that are not to be ignored, in the same order.
     """
 
     path: str
@@ -50,6 +57,14 @@ class Record:
     labels: np.ndarray
     ignored: np.ndarray
     truth: Truth
+
+    @property
+    def masks(self) -> list[bytes] | None:
+        """The compressed run lengths of the N objects' masks, None without masks."""
+        masks = self.truth.run_lengths()
+        if masks is None:
+            return None
+        return [mask for mask, ignore in zip(masks, self.truth.ignore, strict=True) if not ignore]
 
 
 @dataclass(frozen=True)
@@ -157,6 +172,14 @@ def path_inside(folder: str, name: str) -> str | None:
         if not real.startswith(os.path.realpath(folder) + os.sep):
             return None
     return path
+
+
+def mask_array(masks: list[bytes]) -> np.ndarray:
+    """Compressed run lengths as one array of letters, parted by spaces.
+
+    Many small Python objects would be copied to every worker, as soon as it counts references.
+    """
+    return np.frombuffer(b" ".join(masks), dtype=np.uint8)
 
 
 def box_array(boxes: list[tuple[float, float, float, float]]) -> np.ndarray:

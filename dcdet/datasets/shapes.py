@@ -32,8 +32,8 @@ Polygon = np.ndarray  # (P, 2) float64, x and y
 class Shapes:
     """The embedded data set, written to `root` unless it is there already.
 
-    `form` chooses the reader: "voc" or "coco"; both find the same images and boxes. Raises
-    UserError when `root` holds something else.
+    `form` chooses the reader: "voc" or "coco"; both find the same images and boxes, only COCO's
+    form has `masks`. Raises UserError when `root` holds something else.
     """
 
     def __init__(
@@ -45,13 +45,16 @@ class Shapes:
         form: Literal["voc", "coco"] = "voc",
         train_images: int = 400,
         test_images: int = 100,
+        masks: bool = False,
     ) -> None:
+        if masks and form == "voc":
+            raise ValueError("masks: are not in the voc form; set form: coco")
         write_shapes(root, {"train": train_images, "test": test_images})
         reader: VOC | COCO
         if form == "voc":
             reader = VOC(root, split, classes or CLASSES, pixels)
         else:
-            reader = COCO(root, classes, pixels, image_set=split, images="JPEGImages")
+            reader = COCO(root, classes, pixels, image_set=split, images="JPEGImages", masks=masks)
         self.name = f"shapes {split}"
         self.classes, self.category_ids = reader.classes, reader.category_ids
         self.pixels, self.records, self.problems = reader.pixels, reader.records, reader.problems

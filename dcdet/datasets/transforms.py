@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Literal
@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from dcdet import boxes as box_ops
+from dcdet.masks import decode
 
 Orientation = Literal["ignore", "apply"]
 ResizeMethod = Literal["original", "mmdetection", "torchvision", "detectron2"]
@@ -209,3 +210,23 @@ def place_boxes(
     low = torch.minimum(placed[:, :2], limit - THINNEST)
     high = torch.maximum(placed[:, 2:], low + THINNEST)
     return torch.cat([low, high], dim=1).float()
+
+
+def place_masks(
+    masks: Sequence[bytes],
+    size: tuple[int, int],
+    network_size: tuple[int, int],
+    scale: float | tuple[float, float],
+    flip: bool,
+) -> Tensor:
+    """Run lengths of N masks of an original of `size` (h, w) -> (N, H, W) bool of the network's.
+
+    Nearest pixel, then mirrored, as mmdetection does; where the image is padded nothing is set.
+    """
+    factors = scale if isinstance(scale, tuple) else (scale, scale)
+    height, width = (round(s * factor) for s, factor in zip(size, factors, strict=True))
+    placed = np.zeros((len(masks), *network_size), dtype=bool)
+    for row, mask in zip(placed, decode(masks, size), strict=True):
+        shown = cv2.resize(mask.view(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
+        row[:height, :width] = shown[:, ::-1] if flip else shown
+    return torch.from_numpy(placed)
