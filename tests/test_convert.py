@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,25 @@ from conftest import ROOT
 from data_sets import picture
 from golden import release_name
 from params_files import params_bytes
+from rcnn_names import (
+    Shapes,
+    background_last,
+    caffe2_name,
+    detectron2_file,
+    detectron2_name,
+    mmdet_name,
+    narrow,
+    own_shapes,
+    own_values,
+)
 from torch import nn
 
 from dcdet import build_model, cli, load_config, load_weights
 from dcdet.datasets.coco import CATEGORY_IDS
 from dcdet.engine import checkpoint
-from dcdet.engine.convert import _classes, convert
+from dcdet.engine.convert import FAMILIES, _classes, convert
 from dcdet.errors import UserError
+from dcdet.weights import torchvision
 
 # ResNet-18 with names as the release would have given them: the map is the same for any depth.
 CONFIG = ROOT / "configs" / "small" / "rfcn_dcn_r18_voc.yaml"
@@ -194,13 +208,13 @@ def test_other_files_are_refused(entries: Entries, tmp_path: Path) -> None:
     source, destination = tmp_path / "source", tmp_path / "a.pth"
     ours, bare = tmp_path / "ours.pth", tmp_path / "bare.pth"
     checkpoint.save(ours, {"model": {"a": torch.zeros(1)}, "meta": {}})
-    torch.save({"conv1.weight": torch.zeros(1)}, bare)
+    torch.save({"fc.weight": torch.zeros(1)}, bare)
     whole = params_bytes(entries)
     for content, message in (
         (b"", "is of no kind that convert reads .*MXNet's .params"),
         (b"<html>sign in to download</html>", "is of no kind"),
-        (b"\x80\x02cos\nsystem\n", "is of no kind"),
-        (bare.read_bytes(), "is of no kind"),
+        (b"\x80\x02cos\nsystem\n", "holds 'os.system'"),
+        (bare.read_bytes(), r"has names of no network that is known \(fc\.weight\)"),
         (ours.read_bytes(), "is a dcdet checkpoint already"),
         (whole[:-1000], r"source: \w+ \d+ of \d+: cut off"),
         (whole[: len(whole) // 2], r"source: array \d+ of \d+: cut off"),
@@ -234,6 +248,230 @@ def test_the_source_is_never_overwritten(
         assert main("convert", source, tmp_path / name, "--config", CONFIG, *SMALLER) == 2
         assert "is the file that is to be converted" in capsys.readouterr().err
     assert source.read_bytes() == before
+
+
+# Files of other families. The models are skeletons: parameters by name, with few channels.
+
+TWO = ("model.num_classes=2", "data.classes=[x, y]")
+
+
+def skeleton(shapes: Shapes) -> nn.Module:
+    root = nn.Module()
+    for name, shape in shapes.items():
+        *parents, kind = name.split(".")
+        module = root
+        for part in parents:
+            if part not in dict(module.named_children()):
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        module.register_parameter(kind, nn.Parameter(torch.zeros(shape)))
+    return root
+
+
+@pytest.fixture
+def rcnn(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Shapes]:
+    """Makes convert fill a skeleton with these options of `own_shapes`."""
+
+    def made(**options: Any) -> Shapes:
+        shapes = narrow(own_shapes(classes=2, **options))
+        monkeypatch.setattr("dcdet.engine.convert.build_model", lambda _: skeleton(shapes))
+        return shapes
+
+    return made
+
+
+def pickled(path: Path, content: object) -> Path:
+    path.write_bytes(pickle.dumps(content, 2))
+    return path
+
+
+def mmdet_file(own: Entries) -> Any:
+    state = {
+        mmdet_name(name): torch.from_numpy(value) for name, value in background_last(own).items()
+    }
+    counts = {name.replace("running_var", "num_batches_tracked"): torch.tensor(0)
+              for name in state if name.endswith("running_var")}  # fmt: skip
+    state = {f"module.{name}": value for name, value in (state | counts).items()}
+    return {"meta": {"CLASSES": ("dog", "cat"), "mmdet_version": "2.0.0"}, "state_dict": state}
+
+
+def torchvision_file(own: Entries) -> Any:
+    """By its own tables: tests/test_torchvision.py has the names from torchvision itself."""
+    table = {mine: theirs for theirs, mine in torchvision.MODULES.items()}
+    state = {}
+    for name, value in own.items():
+        module, kind = name.rsplit(".", 1)
+        theirs = table.get(module, module.replace("backbone.", "backbone.body."))
+        state[f"{theirs}.{kind}"] = torch.from_numpy(value)
+    return {"model": state, "epoch": 3}
+
+
+def filled(source: Path, destination: Path, *overrides: str) -> tuple[dict[str, Any], list[str]]:
+    lines = converted(source, destination, PLAIN, overrides or TWO)
+    return checkpoint.load(destination), lines
+
+
+def test_a_file_of_detectron2(rcnn: Callable[..., Shapes], tmp_path: Path) -> None:
+    own = own_values(rcnn(depth=101, masks=True))
+    source = pickled(tmp_path / "model_final.pkl", detectron2_file(own))
+    state, lines = filled(source, tmp_path / "a.pth")
+    assert state["model"].keys() == own.keys()
+    for name, value in own.items():
+        assert torch.equal(state["model"][name], torch.from_numpy(value)), name
+    sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
+    assert lines == [
+        f"{source}: detectron2, {len(own) + 7} arrays, sha256 {sha256}",
+        f"{len(own)} loaded into the whole model",
+        "0 missing",
+        "7 unused (pixel_mean, pixel_std, proposal_generator.anchor_generator.cell_anchors.0, ...)",
+        "trained with BGR images: the first convolution's colours are swapped",
+        f"written: {tmp_path / 'a.pth'} (use it with --weights {tmp_path / 'a.pth'})",
+    ]
+    assert state["meta"]["origin"] == {
+        "family": "detectron2", "file": "model_final.pkl", "sha256": sha256,
+    }  # fmt: skip
+    assert (state["meta"]["classes"], state["meta"]["category_ids"]) == (["x", "y"], [1, 2])
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_file_of_mmdetection(
+    rcnn: Callable[..., Shapes], tmp_path: Path, new: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = own_values(rcnn(offsets=27))
+    torch.save(mmdet_file(own), tmp_path / "a.pth", _use_new_zipfile_serialization=new)
+    state, lines = filled(tmp_path / "a.pth", tmp_path / "b.pth")
+    for name, value in own.items():
+        assert torch.equal(state["model"][name], torch.from_numpy(value)), name
+    assert lines[1:4] == [f"{len(own)} loaded into the whole model", "0 missing", "0 unused"]
+    assert state["meta"]["classes"] == ["dog", "cat"]
+    assert "data.classes are ['x', 'y'], those of the file ['dog', 'cat']" in caplog.text
+    caplog.clear()
+    state, _ = filled(tmp_path / "a.pth", tmp_path / "b.pth", TWO[0], "data.classes=[dog, cat]")
+    assert "data.classes are" not in caplog.text
+
+
+def test_a_file_of_torchvision(rcnn: Callable[..., Shapes], tmp_path: Path) -> None:
+    own = own_values(rcnn())
+    torch.save(torchvision_file(own), tmp_path / "a.pth")
+    state, _ = filled(tmp_path / "a.pth", tmp_path / "b.pth")
+    for name, value in own.items():
+        assert torch.equal(state["model"][name], torch.from_numpy(value)), name
+
+
+def test_rules_are_told(rcnn: Callable[..., Shapes], tmp_path: Path, caplog: Any) -> None:
+    own = own_values(rcnn())
+    torch.save(mmdet_file(own), tmp_path / "a.pth")
+    filled(tmp_path / "a.pth", tmp_path / "b.pth", *TWO, "model.pixel_std=[1, 1, 1]",
+           "model.backbone.stride_in=1x1")  # fmt: skip
+    told = [record.getMessage() for record in caplog.records if "trained with" in record.msg]
+    assert {message.split(": ")[1].split(" is ")[0] for message in told} == {
+        "model.pixel_std", "model.backbone.stride_in",
+    }  # fmt: skip
+
+
+def test_an_imagenet_backbone_of_caffe2(tmp_path: Path) -> None:
+    """Into a real ResNet, by the way that training takes."""
+    torch.manual_seed(0)
+    backbone = build_model(load_config(PLAIN, SMALLER)).get_submodule("backbone")
+    state = {f"backbone.{name}": torch.rand_like(value) + 0.5 for name, value
+             in backbone.state_dict().items() if "num_batches" not in name}  # fmt: skip
+    content = {"fc1000_w": np.zeros((5, 2), "f4")}
+    for name, value in state.items():
+        array = value.numpy()
+        content[caffe2_name(name)] = array[:, ::-1] if name == "backbone.conv1.weight" else array
+    source, destination = pickled(tmp_path / "R-18.pkl", content), tmp_path / "r18.pth"
+    lines = converted(source, destination, PLAIN)
+    assert lines[1:4] == [
+        f"{len(state)} loaded into model.backbone, the file has nothing else",
+        "0 missing",
+        "1 unused (fc1000_w)",
+    ]
+    checkpoint.load_pretrained(backbone, str(destination))
+    for name, value in backbone.state_dict().items():
+        if "num_batches" not in name:
+            assert torch.equal(value, state[f"backbone.{name}"]), name
+
+
+def test_other_architectures_are_refused_by_name(
+    rcnn: Callable[..., Shapes], tmp_path: Path
+) -> None:
+    """Each of another depth, head or number of classes than the model: ResNet-50, no masks."""
+    source, destination = tmp_path / "source", tmp_path / "a.pth"
+    rcnn()
+
+    def refused(content: object, message: str) -> None:
+        with pytest.raises(UserError, match=message) as caught:
+            filled(pickled(source, content), destination)
+        assert str(caught.value).startswith(str(source))
+
+    def of(**options: Any) -> Any:
+        return detectron2_file(own_values(narrow(own_shapes(**{"classes": 2, **options}))))
+
+    refused(of(depth=101), r"0 missing, 255 unused \(backbone\.bottom_up\.res4\.6\.conv1")
+    refused(of(masks=True), r"12 unused \(roi_heads\.mask_head\.mask_fcn1\.weight")
+    refused(of(classes=3), r"4 of another shape \(roi_heads\.box_predictor\.cls_score\.weight is")
+    refused(of(offsets=18), r"26 unused \(backbone\.bottom_up\.res3\.0\.conv2_offset\.weight")
+    wide = of()
+    wide["model"]["backbone.bottom_up.res2.0.conv2.weight"] = np.zeros((4, 1, 3, 3), "f4")
+    refused(wide, r"1 of another shape \(backbone\.bottom_up\.res2\.0\.conv2\.weight is \(4, 1, 3")
+    c4 = {name: value for name, value in of()["model"].items() if "fpn" not in name}
+    c4["roi_heads.res5.0.conv1.weight"] = np.zeros((4, 4, 1, 1), "f4")
+    refused({"model": c4}, r"16 missing \(neck\.lateral.*1 unused \(roi_heads\.res5\.0\.conv1")
+    retina = {name: value for name, value in of()["model"].items() if "_" not in name[:12]}
+    retina["head.cls_score.weight"] = np.zeros((4, 4, 1, 1), "f4")
+    refused({"model": retina}, r"missing \(.*rpn\.conv.*1 unused \(head\.cls_score\.weight")
+    cascade = of()
+    cascade["model"]["roi_heads.box_head.0.fc1.weight"] = np.zeros((4, 4), "f4")
+    refused(cascade, r"0 missing, 1 unused \(roi_heads\.box_head\.0\.fc1\.weight\)")
+    broken = of()
+    broken["model"]["backbone.fpn_output4.bias"] = np.float32([0, np.nan, 0, 0])
+    refused(broken, r"source: backbone\.fpn_output4\.bias: has non-finite values")
+    assert not destination.exists()
+
+
+@pytest.mark.parametrize("form", ["zip", "old", "pickle"])
+def test_files_with_code_are_refused_and_nothing_runs(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marker, source = tmp_path / "marker", tmp_path / "model_final.pkl"
+
+    class Code:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {marker}",)
+
+    own = own_values(narrow(own_shapes(classes=2)))
+    content = {**detectron2_file(own), "__author__": Code()}
+    if form == "pickle":
+        pickled(source, content)
+    else:
+        torch.save(content, source, _use_new_zipfile_serialization=form == "zip")
+    for debug in ([], ["--debug"]):
+        assert main(*debug, "convert", source, tmp_path / "a.pth", "--config", PLAIN) == 2
+        error = capsys.readouterr().err.splitlines()
+        assert error[-1].startswith(f"error: {source}: holds 'posix.system', which is no part of")
+        assert debug or len(error) == 1
+    assert sorted(os.listdir(tmp_path)) == ["model_final.pkl"]
+    if form == "pickle":
+        pickle.loads(source.read_bytes())
+        assert marker.exists()  # so it would have run
+
+
+def test_families_are_not_mistaken_for_each_other() -> None:
+    own = own_values(narrow(own_shapes(classes=2, masks=True)))
+    backbone = {name: value for name, value in own.items() if name.startswith("backbone.")}
+    plain = {name.removeprefix("backbone."): value for name, value in backbone.items()}
+    detectron2_names = [detectron2_name(name, "") for name in backbone]
+    for wanted, names in (
+        ("mmdetection", mmdet_file(own)["state_dict"]), ("mmdetection", {"module.bbox_head.a": 1}),
+        ("mmdetection", backbone), ("torchvision", torchvision_file(own)["model"]),
+        ("torchvision", plain), ("detectron2", detectron2_file(own)["model"]),
+        ("detectron2", detectron2_names), ("detectron2", list(map(caffe2_name, backbone))),
+        ("", own), ("", ["features.0.weight"]), ("", ["backbone.0.body.conv1.weight"]),
+        ("", ["backbone.layer1.0.conv1.weight", "classifier.4.weight"]),
+    ):  # fmt: skip
+        plain_names = [name.removeprefix("module.") for name in names]
+        known = [name for name, family in FAMILIES.items() if family.knows(plain_names)]
+        assert known == [wanted] * bool(wanted), (wanted, plain_names[:3])
 
 
 def test_official_categories(shared: Path) -> None:
