@@ -87,6 +87,21 @@ def test_classes_select_and_order(tmp_path: Path) -> None:
         read(tmp_path, classes=["toothbrsh"])
 
 
+def test_placeholders_are_labels_without_a_category(tmp_path: Path) -> None:
+    content = coco_content()
+    content["categories"].append({"id": 5, "name": "N/A 6"})  # an odd name, but a category's
+    root = write_coco(tmp_path, content)
+    reader = read(root, classes=["N/A 1", "car", "N/A 12", "N/A 6", "toothbrush", "cat"])
+    assert reader.category_ids == [1, 3, 12, 5, 90, 17]
+    assert [record.labels.tolist() for record in reader.records] == [[1], [5], [4]]
+    assert not reader.problems
+    with pytest.raises(UserError, match=r"no category 'N/A 17' \(its category 17 is 'cat'\)"):
+        read(root, classes=["car", "N/A 17"])
+    for name in ("N/A", "N/A x", "N/A 0", "N/A 012", "N/A -1", "N/A 1.5", "n/a 12", "N/A 12 "):
+        with pytest.raises(UserError, match="has no category"):
+            read(root, classes=["car", name])
+
+
 def test_crowds_are_ignored_regions(tmp_path: Path) -> None:
     content = coco_content(1)
     content["annotations"][0]["iscrowd"] = 1

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data_sets import coco_content, write_coco
 from fake_reader import FakeReader, data_sets, detections, record
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,6 +40,35 @@ def official(annotations, results, images):
         evaluation.accumulate()
         evaluation.summarize()
     return [None if value == -1 else value for value in evaluation.stats[:6].tolist()]
+
+
+@pytest.mark.parametrize("backend", ["pycocotools", "auto"])
+def test_placeholders_have_no_part_in_any_figure(tmp_path, backend):
+    root = write_coco(tmp_path, coco_content(6))
+    plain, wide = (
+        evaluate(COCO(str(root), names, "continuous", image_set="train"), [], backend=backend)
+        for names in (
+            ["car", "toothbrush", "cat"],
+            ["N/A 1", "car", "N/A 12", "toothbrush", "cat"],
+        )
+    )
+    boxes = [[2.5, 3, 23, 14], [4, 3, 24, 14], [30, 5, 50, 20], [4, 3, 25, 15]]
+    names, scores = ["car", "cat", "car", "toothbrush"], [0.9, 0.8, 0.7, 0.6]
+    for image in wide.reader.records:
+        labels = [plain.reader.classes.index(name) for name in names]
+        plain.update(detections(image.image_id, boxes, scores, labels))
+        # Here the best detection of each image is a placeholder's.
+        labels = [wide.reader.classes.index(name) for name in ("N/A 12", *names)]
+        wide.update(detections(image.image_id, [boxes[0], *boxes], [0.95, *scores], labels))
+    result, expected = wide.result(), plain.result()
+    assert 0 < expected["AP"] < 1
+    assert [result[name] for name in FIGURES] == [expected[name] for name in FIGURES]
+    nothing = {"AP": None, "AP50": None, "objects": 0}
+    assert result["per_class"] == expected["per_class"] | {"N/A 1": nothing, "N/A 12": nothing}
+    rows = wide.detections_json()
+    assert sum(row["category_id"] == 12 for row in rows) == 6
+    ours = official(as_coco(plain.reader), rows, [r.image_id for r in plain.reader.records])
+    assert ours == pytest.approx([expected[name] for name in FIGURES])
 
 
 def as_coco(reader):

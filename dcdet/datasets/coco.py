@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +59,9 @@ CATEGORY_IDS = dict(
     zip(_CATEGORIES.split(", "), sorted(set(range(1, 91)) - _UNUSED_IDS), strict=True)
 )
 
+# A label without a category, with the id that it stands for.
+PLACEHOLDER = re.compile(r"N/A ([1-9]\d{0,8})")
+
 
 class COCO:
     """A COCO-style data set.
@@ -66,6 +70,11 @@ class COCO:
     for test sets) and images/NAME or NAME, all below `root`. `annotations` and `images` name a file
     and a folder below `root` instead. `classes` selects and orders categories by name; null takes
     all, in the order of their ids. Crowd annotations are ignored regions.
+
+    Among `classes`, "N/A 12" is a label without a category: torchvision's COCO detectors have one
+    for each of the ten ids that COCO never used. The file must not have a category 12. Nothing is
+    annotated with it, so it has no AP and no part in any mean; what is detected as it stays in the
+    results, with category id 12, which COCO's own tools leave aside.
 
     `boxes` "exact" trains on (x, y, x + w, y + h); "truncated" on the 2017 release's boxes: the
     inclusive corners (x, y, x + max(0, w - 1), y + max(0, h - 1)), clipped, fractions cut off.
@@ -346,12 +355,20 @@ def _select(
     if classes is None:
         return list(names), list(names.values())
     ids = {name: number for number, name in names.items()}
+    chosen = []
     for name in classes:
-        if name not in ids:
+        placeholder = PLACEHOLDER.fullmatch(name)
+        if name in ids:
+            chosen.append(ids[name])
+        elif placeholder and int(placeholder[1]) not in names:
+            chosen.append(int(placeholder[1]))
+        else:
             close = difflib.get_close_matches(name, ids, 1)
             hint = f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(ids)}"
+            if placeholder:
+                hint = f"its category {placeholder[1]} is {names[int(placeholder[1])]!r}"
             raise UserError("data.classes", f"{file} has no category {name!r}", hint)
-    return [ids[name] for name in classes], list(classes)
+    return chosen, list(classes)
 
 
 def _is_integer(value: Any) -> bool:
