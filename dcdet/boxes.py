@@ -16,6 +16,11 @@ DeltaLimit = Literal["none", "high", "both"]
 Scale = float | tuple[float, float]  # how much an image was enlarged: one factor, or (y, x)
 
 MAX_LOG_RATIO = math.log(1000 / 16)
+DELTA_LIMITS = {
+    "none": (-math.inf, math.inf),
+    "high": (-math.inf, MAX_LOG_RATIO),
+    "both": (-MAX_LOG_RATIO, MAX_LOG_RATIO),
+}
 
 
 def area(boxes: Tensor) -> Tensor:
@@ -69,11 +74,8 @@ def decode(boxes: Tensor, deltas: Tensor, limit: DeltaLimit = "none") -> Tensor:
         boxes = boxes[:, None]
     centres, sizes = _centres_and_sizes(boxes)
     centres = centres + deltas[..., :2] * sizes
-    ratios = deltas[..., 2:]
-    if limit != "none":
-        lowest = -MAX_LOG_RATIO if limit == "both" else None
-        ratios = ratios.clamp(lowest, MAX_LOG_RATIO)
-    half = 0.5 * sizes * ratios.exp()
+    low, high = DELTA_LIMITS[limit]
+    half = 0.5 * sizes * deltas[..., 2:].clamp(low, high).exp()
     return torch.cat([centres - half, centres + half], dim=-1)
 
 

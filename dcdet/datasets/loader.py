@@ -186,8 +186,7 @@ class DetectionDataset:
         self.bad: dict[str, str] = {}
 
     def __len__(self) -> int:
-        doubled = self.training and self.section.flip == "append"
-        return len(self.records) * (2 if doubled else 1)
+        return len(self.records) * (2 if self.training and self.section.flip == "append" else 1)
 
     def pick(self, place: int, seed: int, epoch: int) -> Pick:
         """The choices about the image at `place`, from run seed and epoch."""
@@ -219,8 +218,8 @@ class DetectionDataset:
             )
             labels = torch.from_numpy(record.labels)
             masks = None
-            if self.training and record.masks is not None:
-                masks = place_masks(record.masks, size, network_size, scale, view.flip)
+            if self.training and record.truth.masks is not None:
+                masks = place_masks(record.masks or [], size, network_size, scale, view.flip)
             target = Target(record.image_id, size, boxes, labels, ignored, masks)
             samples.append(Sample(pixels, target, scale, pick.seed, view.flip))
         return samples

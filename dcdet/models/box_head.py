@@ -15,6 +15,7 @@ from torchvision.ops import roi_pool
 from dcdet import boxes as box_ops
 from dcdet.errors import require
 from dcdet.models.init import init_layers
+from dcdet.models.mimicking import MimickingSpec
 from dcdet.models.roi_head import RoIHead, RoIOutput, inclusive, pool_by_level
 from dcdet.models.targets import SampleSpec
 from dcdet.ops.deform_psroi_pool import deform_psroi_pool, shifted_parts
@@ -47,6 +48,7 @@ class BoxHead(RoIHead):
         hidden_init: of the hidden layers: "normal", by init_std, or "xavier".
         delta_init_std: of the layer of box deltas; None: init_std.
         offset_channels: of the hidden layers for offsets and modulation.
+        mimicking: in training, learn from RoIs' pixels alone, too: see models/mimicking.py.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class BoxHead(RoIHead):
         hidden_init: Literal["normal", "xavier"] = "normal",
         delta_init_std: float | None = None,
         offset_channels: int = 1024,
+        mimicking: MimickingSpec | None = None,
     ) -> None:
         super().__init__(
             foreground_iou, background_iou, samples, hard_examples, box_std, ignore_coverage,
@@ -121,6 +124,10 @@ class BoxHead(RoIHead):
         self.deformable = "deformable" in pooling or pooling == "modulated_align"
         self.pooled_size, self.trans_std = pooled_size, trans_std
         self.samples_per_part, self.aligned = samples_per_part, aligned
+        self.mimicking = mimicking
+        if mimicking is not None:
+            self.mimic_score = nn.Linear(hidden_channels, 1 + num_classes)
+            init_layers(self.mimic_score, std=init_std)
 
     def forward(self, features: dict[str, Tensor], rois: Tensor) -> RoIOutput:
         """rois (R, 5): image index and box."""
@@ -128,7 +135,7 @@ class BoxHead(RoIHead):
         x = pool_by_level(maps, rois, self.strides, self._pool).flatten(1)
         x = F.relu(self.fc2(F.relu(self.fc1(x))))
         logits, deltas = self.score(x).float(), self.delta(x).float()
-        return RoIOutput(logits, deltas.unflatten(1, (-1, 4)))
+        return RoIOutput(logits, deltas.unflatten(1, (-1, 4)), x)
 
     def parts(self, features: dict[str, Tensor], rois: Tensor, labels: Tensor) -> Tensor:
         """Where a deformable head reads RoIs (R, 5): boxes (R, p, p, 4) in the rois' pixels.

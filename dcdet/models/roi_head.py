@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dcdet import boxes as box_ops
 from dcdet.errors import require
+from dcdet.models.mimicking import MimickingSpec
 from dcdet.models.targets import RoISamples, SampleSpec, hardest, roi_targets, smooth_l1
 from dcdet.structures import Batch
 
@@ -21,10 +22,12 @@ from dcdet.structures import Batch
 @dataclass(frozen=True)
 class RoIOutput:
     """logits (R, 1 + K), column 0 is background; deltas (R, 4), shared by all classes, or
-    (R, 1 + K, 4), of which background's are not used."""
+    (R, 1 + K, 4), of which background's are not used; features (R, F) hidden ones, of heads that
+    have them."""
 
     logits: Tensor
     deltas: Tensor
+    features: Tensor | None = None
 
 
 class RoIHead(nn.Module):
@@ -45,6 +48,7 @@ class RoIHead(nn.Module):
     """
 
     box_std: Tensor
+    mimicking: MimickingSpec | None = None
 
     def __init__(
         self,
@@ -97,7 +101,7 @@ class RoIHead(nn.Module):
         labels, foreground = samples.labels, samples.labels > 0
         deltas = raw.deltas
         if deltas.dim() == 3:
-            deltas = deltas[torch.arange(len(labels), device=labels.device), labels]
+            deltas = deltas[torch.arange(len(labels)), labels]
         score_loss = F.cross_entropy(raw.logits, labels, reduction="none")
         box_loss = smooth_l1(deltas - samples.deltas, self.box_beta).sum(1) * foreground
         index = samples.rois[:, 0].long()
@@ -153,10 +157,7 @@ def pool_by_level(
     """
     levels = pyramid_levels(rois, strides)
     places = [(levels == level).nonzero().squeeze(1) for level in range(len(maps))]
-    pooled = [
-        pool(x, rois[place], level)
-        for level, (x, place) in enumerate(zip(maps, places, strict=True))
-    ]
+    pooled = [pool(x, rois[places[level]], level) for level, x in enumerate(maps)]
     return torch.cat(pooled)[torch.cat(places).argsort()]
 
 

@@ -145,13 +145,12 @@ class RPNHead(nn.Module):
         self.allowed_border, self.whole_cells = allowed_border, whole_cells
         self.ignore_coverage, self.claim_iou = ignore_coverage, claim_iou
         self.train_spec, self.test_spec = train, test
-        self.sigmoid, self.fitted_strides = scores == "sigmoid", anchor_rule == "torchvision"
+        self.sigmoid, self.fitted = scores == "sigmoid", anchor_rule == "torchvision"
         self.box_beta, self.average, self.learn_multiple = box_beta, average, learn_multiple
 
     def forward(self, features: dict[str, Tensor]) -> RPNOutput:
         """Raw outputs of all levels; inside a level the order is row, column, anchor."""
         scores, deltas, anchors, cells, counts = [], [], [], [], []
-        padded = [side * self.strides[0] for side in features[self.in_features[0]].shape[2:]]
         for name, stride in zip(self.in_features, self.strides, strict=True):
             hidden = F.relu(self.conv(features[name]))
             batch, _, height, width = hidden.shape
@@ -160,9 +159,7 @@ class RPNHead(nn.Module):
             delta = self.delta(hidden).view(batch, -1, 4, height, width)
             scores.append(score.permute(0, 3, 4, 2, 1).reshape(batch, -1, score.shape[1]))
             deltas.append(delta.permute(0, 3, 4, 1, 2).reshape(batch, -1, 4))
-            step = (stride, stride)
-            if self.fitted_strides:
-                step = (padded[0] // height, padded[1] // width)
+            step = self._fitted(features, height, width) if self.fitted else (stride, stride)
             grid = grid_anchors(getattr(self, f"anchors_{stride}"), step, (height, width))
             anchors.append(grid.view(-1, 4))
             row = torch.arange(height, device=hidden.device).view(-1, 1, 1)
@@ -182,7 +179,7 @@ class RPNHead(nn.Module):
 
     def losses(self, raw: RPNOutput, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy over the sampled anchors and smooth L1 over the positive ones."""
-        score_losses, delta_losses, score_numbers, delta_numbers = [], [], [], []
+        score_losses, delta_losses, drawn = [], [], []
         for image, target in enumerate(batch.targets):
             labels, deltas = rpn_targets(
                 raw.anchors, target, self._usable(raw, batch.sizes[image]), self.positive_iou,
@@ -195,18 +192,17 @@ class RPNHead(nn.Module):
             )
             difference = raw.deltas[image, positive] - deltas[positive]
             delta_losses.append(smooth_l1(difference, self.box_beta).sum())
-            if self.average == "image":
-                score_numbers.append(len(batch.sizes) * max(1, len(taken)))
-                delta_numbers.append(len(batch.sizes) * self.samples)
-            else:
-                positives = int(positive.sum())
-                score_numbers.append(max(1, positives) + max(1, len(taken) - positives))
-        if self.average == "batch":
-            score_numbers = delta_numbers = [sum(score_numbers)] * len(score_numbers)
-        scores, deltas = torch.stack(score_losses), torch.stack(delta_losses)
+            drawn.append((len(difference), len(taken) - len(difference)))
+        if self.average == "image":
+            score_numbers = [len(drawn) * max(1, sum(numbers)) for numbers in drawn]
+            delta_number = len(drawn) * self.samples
+        else:
+            delta_number = sum(max(1, number) for numbers in drawn for number in numbers)
+            score_numbers = [delta_number] * len(drawn)
+        scores = torch.stack(score_losses)
         return {
             "rpn_score": (scores / scores.new_tensor(score_numbers)).sum(),
-            "rpn_box": (deltas / deltas.new_tensor(delta_numbers)).sum(),
+            "rpn_box": torch.stack(delta_losses).sum() / delta_number,
         }
 
     @torch.no_grad()
@@ -223,8 +219,7 @@ class RPNHead(nn.Module):
             boxes = box_ops.decode(raw.anchors[picked], raw.deltas[image, picked], self.delta_limit)
             boxes = box_ops.clip(boxes, size, self.pixels)
             sides = boxes[:, 2:] - boxes[:, :2]
-            y, x = box_ops.per_axis(scales[image])
-            least = sides.new_tensor([spec.min_size * x, spec.min_size * y])
+            least = spec.min_size * sides.new_tensor(box_ops.per_axis(scales[image])).flip(0)
             large = (sides >= least).all(dim=1)
             boxes, scores, levels = boxes[large], scores[large], levels[large]
             if spec.levels == "joined":
@@ -236,6 +231,11 @@ class RPNHead(nn.Module):
                 kept = batched_nms(boxes, scores, levels, spec.nms_iou, shift=shift)
             result.append(boxes[kept[: spec.post_nms]])
         return result
+
+    def _fitted(self, features: dict[str, Tensor], height: int, width: int) -> tuple[int, int]:
+        """How far apart torchvision puts the cells of a map (height, width): (y, x)."""
+        rows, columns = features[self.in_features[0]].shape[2:]
+        return rows * self.strides[0] // height, columns * self.strides[0] // width
 
     def _candidates(
         self, raw: RPNOutput, scores: Tensor, size: tuple[int, int], spec: ProposalSpec
@@ -252,8 +252,8 @@ class RPNHead(nn.Module):
                 level[scores[level].argsort(descending=True, stable=True)[: spec.pre_nms]]
                 for level in levels
             ]
-        numbers = [torch.full_like(level, number) for number, level in enumerate(levels)]
-        return torch.cat(levels), torch.cat(numbers)
+        counts = torch.tensor([len(level) for level in levels], device=scores.device)
+        return torch.cat(levels), counts.new_tensor(range(len(counts))).repeat_interleave(counts)
 
     def _usable(self, raw: RPNOutput, size: tuple[int, int]) -> Tensor:
         """Which anchors (N,) bool may learn in an image of `size` (h, w)."""
@@ -263,9 +263,9 @@ class RPNHead(nn.Module):
             height, width = (-(-side // self.learn_multiple) * self.learn_multiple for side in size)
             usable &= (row * stride < height) & (column * stride < width)
         if self.allowed_border is not None:
-            height, width = size
-            low, high = -self.allowed_border, 1 + self.allowed_border
             x1, y1, x2, y2 = raw.anchors.unbind(1)
             # Inclusive corners: x2 - 1 < width + border.
-            usable &= (x1 >= low) & (y1 >= low) & (x2 < width + high) & (y2 < height + high)
+            right, bottom = (1 + side + self.allowed_border for side in size[::-1])
+            usable &= torch.minimum(x1, y1) >= -self.allowed_border
+            usable &= (x2 < right) & (y2 < bottom)
         return usable

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from dcdet import boxes as box_ops
 from dcdet.errors import require
 from dcdet.masks import paste
+from dcdet.models.mimicking import cut_out, draw_foreground, mimicking_losses, whole_patches
 from dcdet.models.postprocess import PostprocessSpec, select
+from dcdet.models.targets import RoISamples
 from dcdet.structures import Batch, Detections
 
 
@@ -68,16 +70,33 @@ class TwoStageDetector(nn.Module):
         losses = self.rpn.losses(raw, batch)
         proposals = self.rpn.proposals(raw, batch.sizes, batch.scales)
         samples = self.roi_head.sample(proposals, batch)
-        roi_losses, stats = self.roi_head.losses(
-            self.roi_head(features, samples.rois), samples, len(batch.sizes)
-        )
+        output = self.roi_head(features, samples.rois)
+        roi_losses, stats = self.roi_head.losses(output, samples, len(batch.sizes))
         losses |= roi_losses
+        if self.roi_head.mimicking is not None:
+            losses |= self._mimicking_losses(batch, samples, output.features)
         if self.mask_head is not None:
             positive = samples.foreground()
             logits = self.mask_head(features, positive.rois)
             mask_losses, mask_stats = self.mask_head.losses(logits, positive, batch)
             losses, stats = losses | mask_losses, stats | mask_stats
         return losses, stats
+
+    def _mimicking_losses(
+        self, batch: Batch, samples: RoISamples, features: Tensor
+    ) -> dict[str, Tensor]:
+        head, spec = self.roi_head, self.roi_head.mimicking
+        drawn = draw_foreground(samples, batch.seeds, spec.rois)
+        features = alone = features[drawn]
+        if len(drawn):
+            patches = cut_out(self.normalised(batch), samples.rois[drawn], spec.size)
+            rois = whole_patches(len(drawn), spec.size, samples.rois)
+            # Cut-outs have statistics of their own, which must not enter those of testing.
+            training = self.backbone.training
+            self.backbone.eval()
+            alone = head(self.maps(patches), rois).features
+            self.backbone.train(training)
+        return mimicking_losses(features, alone, head.mimic_score, samples.labels[drawn], spec)
 
     @torch.no_grad()
     def predict(self, *views: Batch) -> list[Detections]:
@@ -146,10 +165,18 @@ class TwoStageDetector(nn.Module):
         return result
 
     def features(self, batch: Batch) -> dict[str, Tensor]:
-        """The maps of the normalised images; padding is 0 after normalisation."""
+        """The maps of the normalised images."""
+        return self.maps(self.normalised(batch))
+
+    def normalised(self, batch: Batch) -> Tensor:
+        """What the backbone sees, (B, 3, H, W) float32; padding is 0."""
         x = (batch.images.float() - self.pixel_mean) / self.pixel_std
         for image, (height, width) in enumerate(batch.sizes):
             x[image, :, height:] = 0
             x[image, :, :, width:] = 0
+        return x
+
+    def maps(self, x: Tensor) -> dict[str, Tensor]:
+        """Normalised images (B, 3, H, W) -> maps by name."""
         maps = self.backbone(x.contiguous(memory_format=torch.channels_last))
         return maps if self.neck is None else self.neck(maps)
