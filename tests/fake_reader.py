@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from dcdet.datasets.records import Record, Truth
+from dcdet.datasets.records import Record, Truth, mask_array
+from dcdet.masks import encode
 from dcdet.structures import Detections
 
 
@@ -20,8 +21,9 @@ class FakeReader:
 
 
 def record(
-    image_id: int | str, xywh: Any, labels: Any, ignore: Any = None, areas: Any = None
-) -> Record:
+    image_id: int | str, xywh: Any, labels: Any, ignore: Any = None, areas: Any = None,
+    masks: Any = None,
+) -> Record:  # fmt: skip
     """A record with the given truth; boxes for training, which evaluators must not use, are odd."""
     corners = np.array(xywh, dtype=np.float64).reshape(-1, 4)
     number = len(corners)
@@ -38,16 +40,22 @@ def record(
             ignore=np.zeros(number, bool) if ignore is None else np.array(ignore, dtype=bool),
             areas=corners[:, 2] * corners[:, 3] if areas is None else np.array(areas, np.float64),
             ids=np.arange(number),
+            masks=None
+            if masks is None
+            else mask_array([rle["counts"].encode() for rle in encode(torch.tensor(masks))]),
         ),
     )
 
 
-def detections(image_id: int | str, boxes: Any, scores: Any, labels: Any) -> Detections:
+def detections(
+    image_id: int | str, boxes: Any, scores: Any, labels: Any, masks: Any = None
+) -> Detections:
     return Detections(
         image_id,
         torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         torch.tensor(scores, dtype=torch.float32),
         torch.tensor(labels, dtype=torch.int64),
+        None if masks is None else torch.tensor(masks, dtype=torch.bool),
     )
 
 

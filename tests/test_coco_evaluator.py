@@ -15,7 +15,11 @@ from pycocotools.coco import COCO as OfficialCOCO
 from pycocotools.cocoeval import COCOeval
 
 from dcdet.datasets.coco import COCO
+from dcdet.datasets.shapes import SIZE, Shapes
+from dcdet.errors import UserError
 from dcdet.evaluators.coco import COCOEvaluator
+from dcdet.evaluators.results import read_detections
+from dcdet.masks import clean_segmentation, decode, read_runs
 from dcdet.structures import Detections
 
 FIGURES = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
@@ -28,13 +32,13 @@ def evaluate(reader, found, **options):
     return evaluator
 
 
-def official(annotations, results, images):
+def official(annotations, results, images, kind="bbox"):
     """pycocotools' own six figures, from a COCO dictionary and results, for some images."""
     with contextlib.redirect_stdout(io.StringIO()):
         truth = OfficialCOCO()
         truth.dataset = annotations
         truth.createIndex()
-        evaluation = COCOeval(truth, truth.loadRes(results), "bbox")
+        evaluation = COCOeval(truth, truth.loadRes(results), kind)
         evaluation.params.imgIds = images
         evaluation.evaluate()
         evaluation.accumulate()
@@ -125,6 +129,131 @@ def test_equals_pycocotools_on_a_coco_file(shared):
     assert [result[name] for name in FIGURES] == pytest.approx(expected, abs=1e-9)
     assert 0.1 < result["AP"] < 0.9
     assert max(row["category_id"] for row in evaluator.detections_json()) > 80  # the file's own
+
+
+def figures(result):
+    return [result[name] for name in FIGURES]
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory):
+    """A COCO file with polygons and run lengths, crowds and areas of every kind, read; and
+    detections that are its objects, moved and mixed up."""
+    root = tmp_path_factory.mktemp("masked") / "shapes"
+    Shapes(str(root), "test", None, "continuous", "coco", 1, 12)
+    file = root / "annotations" / "instances_test.json"
+    content = json.loads(file.read_text())
+    draw = np.random.default_rng(0)
+    for number, item in enumerate(content["annotations"]):
+        item["area"] *= (0.3, 1, 4, 12)[number % 4]
+        if number % 5 == 0:
+            item["iscrowd"] = 1
+            mask, _ = clean_segmentation(item["segmentation"], SIZE)
+            item["segmentation"] = {"size": list(SIZE), "counts": read_runs(mask, SIZE).tolist()}
+    file.write_text(json.dumps(content))
+    reader = COCO(str(root), None, "continuous", image_set="test", images="JPEGImages", masks=True)
+    found = []
+    for r in reader.records:
+        truth = decode(r.truth.run_lengths(), SIZE)
+        rows = draw.permutation(np.repeat(np.arange(len(truth)), 2))
+        shift = draw.integers(-3, 4, (len(rows), 2))
+        masks = [
+            np.roll(truth[row], tuple(by), (0, 1)) for row, by in zip(rows, shift, strict=True)
+        ]
+        masks = np.array(masks) & (draw.random((len(rows), *SIZE)) < 0.97)
+        boxes = np.concatenate([r.truth.xywh[:, :2], r.truth.xywh[:, :2] + r.truth.xywh[:, 2:]], 1)
+        boxes = boxes[rows] + draw.normal(0, 4, (len(rows), 4))
+        labels = np.where(draw.random(len(rows)) < 0.2, 0, r.truth.labels[rows])
+        scores = draw.integers(1, 20, len(rows)) / 20
+        found.append(detections(r.image_id, boxes, scores, labels, masks))
+    return reader, found, content
+
+
+@pytest.mark.parametrize("backend", ["pycocotools", "faster-coco-eval"])
+@pytest.mark.parametrize("max_dets", [1, 100])
+def test_masks_equal_pycocotools(masked, backend, max_dets):
+    if importlib.util.find_spec("faster_coco_eval") is None and backend != "pycocotools":
+        pytest.skip("faster-coco-eval not installed")
+    reader, found, content = masked
+    evaluator = evaluate(reader, found, backend=backend)
+    result, rows = evaluator.result(), evaluator.detections_json()
+    images = [r.image_id for r in reader.records]
+    masks = [{key: row[key] for key in row if key != "bbox"} for row in rows]
+    assert figures(result) == pytest.approx(official(content, rows, images), abs=1e-9)
+    expected = official(content, masks, images, "segm")
+    assert figures(result["segm"]) == pytest.approx(expected, abs=1e-9)
+    assert len({round(value, 3) for value in figures(result) + expected}) > 9
+    classes = result["segm"]["per_class"]
+    assert [c["objects"] for c in classes.values()] == [
+        sum(not item["iscrowd"] for item in content["annotations"] if item["category_id"] == label)
+        for label in range(1, 5)
+    ]
+    assert np.mean([c["AP"] for c in classes.values()]) == pytest.approx(result["segm"]["AP"])
+    limited = evaluate(reader, found, backend=backend, max_dets=max_dets).result()["segm"]["AP"]
+    assert (
+        limited == pytest.approx(expected[0], abs=1e-9)
+        if max_dets == 100
+        else limited < expected[0]
+    )
+
+
+def test_masks_are_read_back(masked, tmp_path):
+    """The file's rows give the same figures; masks are made image by image."""
+    reader, found, _ = masked
+    evaluator = evaluate(reader, found)
+    file = tmp_path / "detections.json"
+    file.write_text(json.dumps(evaluator.detections_json(), allow_nan=False))
+    again = evaluate(reader, read_detections(file, reader))
+    assert again.result() == evaluator.result()
+    first = next(read_detections(file, reader))
+    assert first.masks.shape == (len(first.scores), *SIZE)
+    assert first.masks.dtype == torch.bool
+
+
+def test_detections_without_masks_are_refused_where_there_are_masks(masked):
+    reader, found, _ = masked
+    bare = Detections(found[0].image_id, found[0].boxes, found[0].scores, found[0].labels)
+    with pytest.raises(UserError, match=r"COCO test: has masks, but the model finds boxes only"):
+        COCOEvaluator(reader).update(bare)
+    with pytest.raises(UserError, match="has masks"):
+        COCOEvaluator(reader).update(detections(found[0].image_id, [], [], []))
+    plain = FakeReader("x", ["a"], [1], [record(1, [(0, 0, 10, 10)], [0])])
+    masks = np.ones((1, 100, 100), bool)
+    evaluator = evaluate(plain, [detections(1, [(0, 0, 10, 10)], [0.5], [0], masks)])
+    assert "segm" not in evaluator.result()
+    assert evaluator.detections_json()[0]["segmentation"]["size"] == [100, 100]
+
+
+@pytest.mark.parametrize("shape", [(1, 100, 99), (2, 100, 100), (0, 100, 100)])
+def test_masks_of_another_shape(shape):
+    reader = FakeReader("x", ["a"], [1], [record(1, [(0, 0, 10, 10)], [0])])
+    wrong = detections(1, [(0, 0, 10, 10)], [0.5], [0], np.ones(shape, bool))
+    with pytest.raises(ValueError, match=r"masks of shape .*, wanted 1 of \(100, 100\) pixels"):
+        COCOEvaluator(reader).update(wrong)
+
+
+def test_masks_without_a_pixel_and_of_rows_that_do_not_count():
+    """An empty mask matches nothing; a row that is dropped takes its mask with it."""
+    truth, nothing = np.zeros((1, 100, 100), bool), np.zeros((1, 100, 100), bool)
+    truth[:, :10, :10] = True
+    reader = FakeReader("x", ["a"], [1], [record(1, [(0, 0, 10, 10)], [0], masks=truth)])
+    boxes, scores = [(0, 0, 10, 10), (float("nan"), 0, 10, 10), (0, 0, 10, 10)], [0.9, 0.8, 0.7]
+    masks = np.concatenate([nothing, nothing, truth])
+    evaluator = evaluate(reader, [detections(1, boxes, scores, [0, 0, 0], masks)])
+    result = evaluator.result()
+    assert result["AP"] == pytest.approx(1.0)
+    assert result["segm"]["AP"] == pytest.approx(0.5)  # the second of two is right
+    assert evaluator.dropped == 1
+    assert [len(row["segmentation"]["counts"]) > 4 for row in evaluator.detections_json()] == [
+        False, True,
+    ]  # fmt: skip
+    none = evaluate(reader, [detections(1, [], [], [], np.zeros((0, 100, 100)))]).result()
+    assert (none["AP"], none["segm"]["AP"]) == (0.0, 0.0)
+    empty = FakeReader("x", ["a"], [1], [record(1, [(0, 0, 10, 10)], [0], masks=nothing)])
+    for mask in (nothing, truth):
+        result = evaluate(empty, [detections(1, boxes[:1], [0.9], [0], mask)]).result()
+        assert (result["AP"], result["segm"]["AP"]) == (pytest.approx(1.0), 0.0)
+    assert COCOEvaluator(reader).result()["segm"]["AP"] is None
 
 
 @pytest.mark.skipif(

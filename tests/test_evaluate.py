@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from pycocotools.mask import area as mask_area
 from torch import Tensor
 
 from dcdet import build_model, load_config
@@ -24,7 +26,9 @@ from dcdet.engine import checkpoint, evaluate
 from dcdet.engine.demo import demo, read_views
 from dcdet.engine.setup import build_reader
 from dcdet.errors import UserError
+from dcdet.masks import paste
 from dcdet.models.postprocess import select
+from dcdet.models.two_stage import TwoStageDetector
 from dcdet.registry import check
 from dcdet.structures import Detections
 
@@ -37,9 +41,9 @@ class World:
     """A tiny shapes set and a network with random weights."""
 
     def __init__(self, root: Path) -> None:
-        node = f"{{type: Shapes, root: {root}, split: %s, train_images: 1, test_images: 3}}"
+        self.node = f"{{type: Shapes, root: {root}, train_images: 1, test_images: 3, split: %s}}"
         self.overrides = [
-            f"data.train={node % 'train'}", f"data.test={node % 'test'}",
+            f"data.train={self.node % 'train'}", f"data.test={self.node % 'test'}",
             "data.resize={short: 64, long: 96}", "data.workers=0", "model.rpn.channels=32",
             "model.roi_head.channels=32", "model.rpn.test.post_nms=12",
         ]  # fmt: skip
@@ -61,7 +65,8 @@ class World:
     def detect(self, path: str, views: list[View]) -> Detections:
         """What is found in one image file."""
         batches = read_views(path, check(self.config()).data, views)[1]
-        return evaluate.detect(self.model, [batches], "fp32", CPU)[0]
+        [found] = evaluate.detect(self.model, [batches], "fp32", CPU)
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +246,41 @@ def test_other_precision(world: World, tmp_path: Path) -> None:
     options = [SCALES, "test.flip=true", "model.postprocess.soft_nms={method: gaussian}"]
     assert world.test(tmp_path, *options, "test.precision=bf16") == 0
     assert len(rows(tmp_path)) > 20
+
+
+def test_masks(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Boxes filled from edge to edge are the masks; at most the last image's are still there."""
+    node = world.node % "test, form: coco, masks: true"
+    masked = [f"data.test={node}", "test.evaluator={type: COCOEvaluator}"]
+    kept: list[Any] = []
+    own = TwoStageDetector.predict
+
+    def predict(self: Any, *views: Any) -> list[Detections]:
+        assert sum(one() is not None for one in kept) <= 1
+        [found] = own(self, *views)
+        whole = torch.ones(len(found.boxes), 28, 28)
+        masks = paste(whole, found.boxes, views[0].targets[0].size, "grid")
+        kept.append(weakref.ref(masks))
+        return [replace(found, masks=masks)]
+
+    with pytest.raises(UserError, match="shapes test: has masks, but the model finds boxes only"):
+        world.test(tmp_path / "none", *masked)
+    monkeypatch.setattr(TwoStageDetector, "predict", predict)
+    with caplog.at_level(logging.INFO, "dcdet"):
+        assert world.test(tmp_path / "with", *masked) == 0
+    assert len(kept) == 3
+    for row in rows(tmp_path / "with"):
+        x, y, width, height = row["bbox"]
+        x2, y2 = x + width, y + height
+        area = (round(x2) - round(x)) * (round(y2) - round(y))
+        assert row["segmentation"]["size"] == [128, 160]
+        assert abs(int(mask_area(row["segmentation"])) - area) <= 10
+    metrics = json.loads((tmp_path / "with" / "metrics.json").read_text())
+    assert metrics["segm"].keys() == metrics.keys() - {"images", "of", "segm"}
+    assert set(metrics["segm"]["per_class"]) == {"crescent", "worm", "ring", "star"}
+    assert f"segm AP50 {metrics['segm']['AP50']:.4f}" in caplog.text
 
 
 def test_two_processes_find_what_one_finds(world: World, tmp_path: Path) -> None:

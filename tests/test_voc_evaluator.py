@@ -273,6 +273,46 @@ def test_results_file_read_back_gives_the_same_figures(tmp_path_factory, data):
 GOOD = {"image_id": 5, "category_id": 3, "bbox": [1, 2, 3, 4], "score": 0.5}
 
 
+def with_mask(counts, size=(100, 100)):
+    return {**GOOD, "segmentation": {"size": list(size), "counts": counts}}
+
+
+MASKED = with_mask([5000, 5000])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([MASKED, GOOD], r"\[1\].segmentation: is missing, unlike in \[0\]"),
+        ([GOOD, MASKED], r"\[1\].segmentation: is there, unlike in \[0\]"),
+        ([{**GOOD, "segmentation": None}], "segmentation: must be run lengths"),
+        ([{**GOOD, "segmentation": [[1, 1, 5, 1, 5, 5]]}], "segmentation: must be run lengths"),
+        ([{**GOOD, "segmentation": {}}], "segmentation: run lengths of another size"),
+        ([with_mask("h3", [100, 99])], "segmentation: run lengths of another size than the image"),
+        ([with_mask([5000, 5001])], "segmentation: run lengths that do not fill the image$"),
+        ([MASKED, with_mask("h")], r"\[1\].segmentation: run lengths that cannot be decompressed"),
+        ([with_mask(None)], "segmentation: run lengths that are not letters or whole numbers"),
+    ],
+)
+def test_malformed_masks_are_named_before_the_first_image(tmp_path, rows, message):
+    path = tmp_path / "detections.json"
+    path.write_text(json.dumps(rows))
+    reader = FakeReader("the set", ["a"], [3], [record(5, [], [])])
+    with pytest.raises(UserError, match=message) as error:
+        read_detections(path, reader)
+    assert str(path) in str(error.value)
+
+
+def test_masks_of_a_results_file(tmp_path):
+    """Letters or numbers, best score first; an empty mask is one."""
+    path = tmp_path / "detections.json"
+    rows = [{**with_mask([10000]), "score": 0.1}, with_mask([100, 200, 9700])]
+    path.write_text(json.dumps(rows))
+    [found] = read_detections(path, FakeReader("the set", ["a"], [3], [record(5, [], [])]))
+    assert found.masks.flatten(1).sum(1).tolist() == [200, 0]
+    assert found.masks[0, :, 1:3].all()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -310,7 +350,7 @@ json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
     lambda inner: (
         st.lists(inner, max_size=4)
-        | st.dictionaries(st.sampled_from(list(GOOD)), inner, max_size=4)
+        | st.dictionaries(st.sampled_from([*GOOD, "size", "counts"]), inner, max_size=4)
     ),
     max_leaves=12,
 )
@@ -320,6 +360,8 @@ json_values = st.recursive(
 @given(rows=st.lists(st.one_of(json_values, st.fixed_dictionaries({
     "image_id": st.just(5) | json_values, "category_id": st.just(3) | json_values,
     "bbox": st.just([1, 2, 3, 4]) | json_values, "score": st.just(0.5) | json_values,
+}, optional={
+    "segmentation": st.just(MASKED["segmentation"]) | json_values,
 })), max_size=3))  # fmt: skip
 def test_any_json_is_read_or_named(tmp_path_factory, rows):
     path = tmp_path_factory.getbasetemp() / "any.json"

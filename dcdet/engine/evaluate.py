@@ -2,9 +2,9 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,16 +84,18 @@ def _evaluate(config: Any, weights: Path, output: Path, runtime: Runtime) -> int
     evaluator = build(config.test.evaluator, "evaluator", reader=reader)
     start = time.perf_counter()
     images = test_loader(dataset, data, runtime.rank, runtime.world)
-    found = detect(model, images, experiment.test.precision, runtime.device)
-    parts = runtime.gather((found, dataset.bad))
+    # One by one: all bitmaps of a data set together would not fit into memory.
+    for one in detect(model, images, experiment.test.precision, runtime.device):
+        evaluator.update(one)
+    parts = runtime.gather((evaluator.found, evaluator.dropped, dataset.bad))
     if runtime.rank:
         return 0
     seconds = time.perf_counter() - start
     skipped: dict[str, str] = {}
-    for detections, bad in parts:
+    for found, _, bad in parts:
+        evaluator.found |= found
         skipped |= bad
-        for one in detections:
-            evaluator.update(one)
+    evaluator.dropped = sum(dropped for _, dropped, _ in parts)
     total = len(reader.records)
     metrics = {"images": total - len(skipped), "of": total, **evaluator.result()}
     write_text(output / "detections.json", strict_json(evaluator.detections_json()))
@@ -103,7 +105,8 @@ def _evaluate(config: Any, weights: Path, output: Path, runtime: Runtime) -> int
     )
     if evaluator.dropped:
         log.warning("%d detections were not finite and do not count", evaluator.dropped)
-    for name, value in metrics.items():
+    masks = {f"segm {name}": value for name, value in metrics.get("segm", {}).items()}
+    for name, value in {**metrics, **masks}.items():
         if isinstance(value, float) or value is None:
             log.info("%s %s", name, "not defined" if value is None else f"{value:.4f}")
     log.info("written: %s, %s", output / "metrics.json", output / "detections.json")
@@ -112,15 +115,13 @@ def _evaluate(config: Any, weights: Path, output: Path, runtime: Runtime) -> int
 
 def detect(
     model: nn.Module, images: Iterable[list[Batch]], precision: Precision, device: torch.device
-) -> list[Detections]:
+) -> Iterator[Detections]:
     """Detections of every image, given as its views, on the CPU."""
-    found = []
     for views in images:
         with autocast(device, precision):
             shown = [view.to(device) for view in views]
             detections = cast(TwoStageDetector, model).predict(*shown)
-        found += [
-            replace(one, boxes=one.boxes.cpu(), scores=one.scores.cpu(), labels=one.labels.cpu())
-            for one in detections
-        ]
-    return found
+        for one in detections:
+            masks = None if one.masks is None else one.masks.cpu()
+            boxes, scores, labels = one.boxes.cpu(), one.scores.cpu(), one.labels.cpu()
+            yield Detections(one.image_id, boxes, scores, labels, masks)

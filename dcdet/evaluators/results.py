@@ -1,6 +1,7 @@
 """What the evaluators share: detections collected image by image, and their JSON form."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeGuard
@@ -12,9 +13,11 @@ from numpy.typing import NDArray
 from dcdet.datasets.records import Record
 from dcdet.datasets.transforms import read_file
 from dcdet.errors import UserError
+from dcdet.masks import clean_segmentation, decode, encode
 from dcdet.structures import Detections
 
 Json = dict[str, Any]
+Row = tuple[list[float], float, int, bytes]  # box, score, label, run lengths of the mask
 
 
 class Reader(Protocol):
@@ -30,30 +33,34 @@ class Reader(Protocol):
 class Found:
     """What was found in one image, as arrays: D detections.
 
-    Shapes: boxes (D, 4) float64 continuous xyxy, scores (D,) float64, labels (D,) int64.
+    Shapes: boxes (D, 4) float64 continuous xyxy, scores (D,) float64, labels (D,) int64; masks: D
+    objects with `size` and `counts` (masks.py), or None.
     """
 
     boxes: NDArray[np.float64]
     scores: NDArray[np.float64]
     labels: NDArray[np.int64]
+    masks: list[Json] | None = None
 
 
 class Evaluator:
     """Collects detections; a subclass adds `result`. Only images that were updated are evaluated.
 
+    `found` has what was found in each image, by its id, small enough to be sent between processes;
     `dropped` counts the rows that were left out because a number in them was not finite.
     """
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self.dropped = 0
-        self._found: dict[int | str, Found] = {}
+        self.found: dict[int | str, Found] = {}
         self._order = {record.image_id: place for place, record in enumerate(reader.records)}
 
     def update(self, detections: Detections) -> None:
         """Add one image's detections; a second call for an image replaces the first.
 
-        Raises ValueError for an image or a label that the data set does not have.
+        Raises ValueError for an image or a label that the data set does not have, and for masks of
+        another size than the image's.
         """
         if detections.image_id not in self._order:
             raise ValueError(f"image {detections.image_id!r} is not in {self.reader.name}")
@@ -65,12 +72,21 @@ class Evaluator:
             raise ValueError(f"label {wrong} with {len(self.reader.classes)} classes")
         finite = np.isfinite(boxes).all(axis=1) & np.isfinite(scores)
         self.dropped += int((~finite).sum())
-        self._found[detections.image_id] = Found(boxes[finite], scores[finite], labels[finite])
+        masks = detections.masks
+        if masks is not None:
+            size = self.reader.records[self._order[detections.image_id]].size
+            if len(masks) != len(labels) or size not in (tuple(masks.shape[1:]), (0, 0)):
+                wanted = f"{len(labels)} of {size} pixels"
+                raise ValueError(f"masks of shape {tuple(masks.shape)}, wanted {wanted}")
+            masks = masks.detach().cpu()[torch.from_numpy(finite)]
+        self.found[detections.image_id] = Found(
+            boxes[finite], scores[finite], labels[finite], None if masks is None else encode(masks)
+        )
 
     def evaluated(self) -> list[tuple[Record, Found]]:
         """Every evaluated image with its detections, in the data set's order."""
-        places = sorted((self._order[image_id], image_id) for image_id in self._found)
-        return [(self.reader.records[place], self._found[image_id]) for place, image_id in places]
+        places = sorted((self._order[image_id], image_id) for image_id in self.found)
+        return [(self.reader.records[place], self.found[image_id]) for place, image_id in places]
 
     def detections_json(self) -> list[Json]:
         """Every detection in the COCO results format, with the data set's own ids."""
@@ -80,11 +96,12 @@ class Evaluator:
                 "category_id": self.reader.category_ids[label],
                 "bbox": box,
                 "score": score,
+                **mask,
             }
             for record, found in self.evaluated()
-            for box, score, label in zip(
+            for box, score, label, mask in zip(
                 xywh(found.boxes).tolist(), found.scores.tolist(), found.labels.tolist(),
-                strict=True,
+                segmentations(found.masks, len(found.labels)), strict=True,
             )
         ]  # fmt: skip
 
@@ -94,11 +111,17 @@ def xywh(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate([boxes[:, :2], (boxes[:, 2:] - boxes[:, :2]).clip(min=0)], axis=1)
 
 
-def read_detections(path: str | Path, reader: Reader) -> list[Detections]:
-    """A results file in the COCO format -> the detections of each image named in it.
+def segmentations(masks: list[Json] | None, number: int) -> list[Json]:
+    """What the masks, if any, add to so many rows of a results file."""
+    return [{} for _ in range(number)] if masks is None else [{"segmentation": m} for m in masks]
 
-    Boxes come back continuous xyxy, best score first, rows with equal scores in the file's order.
-    Raises UserError that names file, index and field.
+
+def read_detections(path: str | Path, reader: Reader) -> Iterator[Detections]:
+    """A results file in the COCO format -> the detections of each image named in it, in turn.
+
+    Boxes come back continuous xyxy, best score first, rows with equal scores in the file's order;
+    masks are made image by image. Raises UserError that names file, index and field before the
+    first.
     """
     try:
         rows = json.loads(read_file(str(path)))
@@ -108,15 +131,16 @@ def read_detections(path: str | Path, reader: Reader) -> list[Detections]:
         raise UserError(path, f"is not JSON: {error}") from error
     if not isinstance(rows, list):
         raise UserError(path, f"holds a {type(rows).__name__}, wanted a list of detections")
-    images = {record.image_id for record in reader.records}
+    sizes = {record.image_id: record.size for record in reader.records}
     labels = {category: label for label, category in enumerate(reader.category_ids)}
-    grouped: dict[int | str, list[tuple[list[float], float, int]]] = {}
+    grouped: dict[int | str, list[Row]] = {}
+    masked = bool(rows) and isinstance(rows[0], dict) and "segmentation" in rows[0]
     for index, row in enumerate(rows):
         where = f"{path}: [{index}]"
         if not isinstance(row, dict):
             raise UserError(where, f"is a {type(row).__name__}, wanted an object")
         image_id, category = row.get("image_id"), row.get("category_id")
-        if not _is_id(image_id) or image_id not in images:
+        if not _is_id(image_id) or image_id not in sizes:
             raise UserError(f"{where}.image_id", f"{image_id!r:.60} is not in {reader.name}")
         if not _is_id(category) or category not in labels:
             raise UserError(f"{where}.category_id", f"{category!r:.60} is not in {reader.name}")
@@ -128,21 +152,36 @@ def read_detections(path: str | Path, reader: Reader) -> list[Detections]:
         x, y, width, height = map(float, box)
         if width < 0 or height < 0:
             raise UserError(f"{where}.bbox", f"is {box!r:.60}", "wanted x, y, width, height")
-        found = ([x, y, x + width, y + height], float(score), labels[category])
+        if ("segmentation" in row) != masked:
+            what = f"is {'missing' if masked else 'there'}, unlike in [0]"
+            raise UserError(f"{where}.segmentation", what)
+        mask = b""
+        if masked:
+            segmentation = row["segmentation"]
+            if not isinstance(segmentation, dict):
+                raise UserError(f"{where}.segmentation", "must be run lengths: size and counts")
+            counts, fault = clean_segmentation(segmentation, sizes[image_id])
+            if counts is None:
+                raise UserError(f"{where}.segmentation", fault.removesuffix(" (dropped)"))
+            mask = counts
+        found = ([x, y, x + width, y + height], float(score), labels[category], mask)
         grouped.setdefault(image_id, []).append(found)
-    return [
-        _to_detections(image_id, sorted(group, key=lambda row: -row[1]))
+    return (
+        _to_detections(image_id, sorted(group, key=lambda row: -row[1]), masked, sizes[image_id])
         for image_id, group in grouped.items()
-    ]
+    )
 
 
-def _to_detections(image_id: int | str, rows: list[tuple[list[float], float, int]]) -> Detections:
-    boxes, scores, labels = zip(*rows, strict=True)
+def _to_detections(
+    image_id: int | str, rows: list[Row], masked: bool, size: tuple[int, int]
+) -> Detections:
+    boxes, scores, labels, masks = zip(*rows, strict=True)
     return Detections(
         image_id,
         torch.tensor(boxes, dtype=torch.float64),
         torch.tensor(scores, dtype=torch.float64),
         torch.tensor(labels),
+        torch.from_numpy(decode(masks, size)) if masked else None,
     )
 
 
