@@ -2,6 +2,7 @@ import hashlib
 import json
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pycocotools import mask as official
 from torch import nn
 
 from dcdet.boxes import rescale
@@ -124,6 +126,31 @@ def test_picture_and_json_show_what_is_there(config, tmp_path):
     drawn = (after[..., ::-1] == class_colour(1)).all(axis=2)
     assert drawn[y1 + 5 : y2 - 5, x1 - 2 : x1 + 3].any(axis=1).all()
     assert (before[85:] == after[85:]).all()
+
+
+def test_masks_are_drawn_and_written(config, tmp_path, monkeypatch):
+    """Those of the detections that are shown, at the size of the file."""
+
+    def predict(self, batch):
+        [found] = FindsWhite.predict(self, batch)
+        masks = torch.zeros(3, 100, 150, dtype=torch.bool)
+        masks[0, 40:60, 25:55] = True
+        masks[1:] = True
+        return [replace(found, masks=masks)]
+
+    model = type("FindsMasks", (FindsWhite,), {"predict": predict})
+    monkeypatch.setattr(demo_module, "build_model", lambda config: model())
+    path = write_image(tmp_path / "in" / "a.png")
+    assert run(config, [path], tmp_path / "out") == 0
+    [row] = rows_of(tmp_path / "out")
+    mask = official.decode(row["segmentation"])
+    assert mask.shape == (100, 150)
+    assert mask[40:60, 25:55].all()
+    assert mask.sum() == 600
+    picture = cv2.imread(str(tmp_path / "out" / "a.png"))[:, :, ::-1]
+    assert (picture[50, 40] == (255 + np.array(class_colour(1))) // 2).all()
+    assert (picture[65, 40] == 255).all()
+    assert (picture[90, 100] == 60).all()
 
 
 def test_threshold_decides_what_is_shown(config, tmp_path):

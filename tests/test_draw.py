@@ -14,7 +14,7 @@ from dcdet.visualize.draw import class_colour, draw_detections
 GREY = 90
 
 
-def found(boxes, scores=None, labels=None):
+def found(boxes, scores=None, labels=None, masks=None):
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
     number = len(boxes)
     return Detections(
@@ -22,6 +22,7 @@ def found(boxes, scores=None, labels=None):
         boxes,
         torch.full((number,), 0.5) if scores is None else torch.tensor(scores),
         torch.zeros(number, dtype=torch.int64) if labels is None else torch.tensor(labels),
+        None if masks is None else torch.from_numpy(masks),
     )
 
 
@@ -91,6 +92,39 @@ def test_colours_are_steady_and_differ():
     distance = np.linalg.norm(lab[:, None] - lab[None], axis=2) + 1000 * np.eye(21)
     assert distance.min() > 10
     assert class_colour(1000) in colours
+
+
+def test_masks_shine_through_and_have_an_outline():
+    """Below the boxes; also around a hole; what is outside of the mask stays."""
+    mask = np.zeros((1, 200, 200), dtype=bool)
+    mask[0, 60:140, 50:150] = True
+    mask[0, 90:110, 90:110] = False
+    boxes = [(40, 40, 160, 160)]
+    picture = draw_detections(canvas(200, 200), found(boxes, labels=[1], masks=mask), ["a", "b"])
+    plain = draw_detections(canvas(200, 200), found(boxes, labels=[1]), ["a", "b"])
+    colour = np.array(class_colour(1))
+    changed = (picture != plain).any(axis=2)
+    assert (changed == (changed & mask[0])).all()
+    assert changed[65:85, 55:145].all()
+    assert (picture[75, 70] == (GREY + colour) // 2).all()
+    for y, x in [(60, 100), (139, 100), (100, 50), (100, 149), (100, 89), (89, 100)]:
+        assert (picture[y, x] == colour).all()
+    assert (picture[100, 100] == GREY).all()
+
+
+def test_the_best_mask_is_on_top_and_goes_with_its_box():
+    masks = np.zeros((4, 200, 200), dtype=bool)
+    for number, left in enumerate((20, 100, 20, 150)):
+        masks[number, 100:150, left : left + 40] = True
+    boxes = [(20, 100, 60, 150), (float("nan"), 0, 1, 1), (20, 100, 60, 150), (900, 0, 950, 9)]
+    args = found(boxes, [0.3, 0.8, 0.9, 0.7], [0, 1, 1, 1], masks)
+    picture = draw_detections(canvas(200, 200), args, ["a", "b"])
+    once = (GREY + np.array(class_colour(0))) // 2
+    assert (picture[130, 40] == (once + np.array(class_colour(1))) // 2).all()
+    assert (picture[130, 120] == GREY).all()  # rows that are left out take their masks with them
+    assert (picture[130, 170] == GREY).all()
+    nothing = found([], masks=np.zeros((0, 200, 200), dtype=bool))
+    assert (draw_detections(canvas(200, 200), nothing, ["a"]) == GREY).all()
 
 
 @pytest.mark.parametrize("label", range(21))

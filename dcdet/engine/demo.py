@@ -1,9 +1,8 @@
-"""Detection in a user's own images: pictures with boxes, names and scores, and a JSON file."""
+"""Detection in a user's own images: pictures of what was found, and a JSON file."""
 
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ from dcdet.engine.checkpoint import load_weights
 from dcdet.engine.evaluate import detect
 from dcdet.engine.runtime import output_folder, pick_device, strict_json, write_text
 from dcdet.errors import UserError
-from dcdet.evaluators.results import xywh
+from dcdet.evaluators.results import segmentations, xywh
+from dcdet.masks import encode
 from dcdet.models.build import build_model
 from dcdet.registry import check
 from dcdet.structures import Batch, Detections, Sample, Target
@@ -147,8 +147,9 @@ def read_views(
 def at_least(found: Detections, score: float) -> Detections:
     """The detections with this score or a better one, less those with non-finite numbers."""
     good = (found.scores >= score) & found.scores.isfinite() & found.boxes.isfinite().all(dim=1)
-    return replace(
-        found, boxes=found.boxes[good], scores=found.scores[good], labels=found.labels[good]
+    masks = None if found.masks is None else found.masks[good]
+    return Detections(
+        found.image_id, found.boxes[good], found.scores[good], found.labels[good], masks
     )
 
 
@@ -193,7 +194,10 @@ def _rows(
 ) -> Iterable[dict[str, Any]]:
     """Detections in the COCO results format, and with names for people."""
     boxes = xywh(found.boxes.double().numpy()).tolist()
-    for box, score, label in zip(boxes, found.scores.tolist(), found.labels.tolist(), strict=True):
+    masks = segmentations(None if found.masks is None else encode(found.masks), len(boxes))
+    for box, score, label, mask in zip(
+        boxes, found.scores.tolist(), found.labels.tolist(), masks, strict=True
+    ):
         yield {
             "image_id": path,
             "category_id": category_ids[label],
@@ -201,6 +205,7 @@ def _rows(
             "score": score,
             "name": classes[label],
             "picture": picture,
+            **mask,
         }
 
 

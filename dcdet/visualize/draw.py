@@ -1,4 +1,4 @@
-"""Pictures of detections: boxes, names and scores drawn into an image.
+"""Pictures of detections: masks, boxes, names and scores drawn into an image.
 
 Boxes are continuous xyxy in the pixels of the image they are drawn into (structures.py).
 """
@@ -16,6 +16,7 @@ from dcdet.structures import Detections
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[int, int, int, int]  # left, top, right, bottom; the last two exclusive
+Shown = tuple[Rectangle, int, float, int]  # box, label, score, row of the detections
 
 # Okabe and Ito, "Color Universal Design" (2008), without black: told apart by colour-blind eyes.
 _PALETTE: list[Colour] = [
@@ -54,6 +55,7 @@ def draw_detections(
 ) -> NDArray[np.uint8]:
     """A copy of image (H, W, 3) uint8 RGB with every detection drawn into it.
 
+    Masks, where there are any, are half transparent with an outline, below all boxes and labels.
     Line width and text follow the image's size. A label stays inside the picture, keeps clear of
     the labels of better detections where there is room, and is shortened where it is too wide.
     Rows with non-finite numbers and boxes wholly outside are left out. Raises IndexError for a
@@ -66,7 +68,11 @@ def draw_detections(
     text_size = max(10, round(0.025 * side))
 
     shown = _visible(detections, (height, width))
-    for (left, top, right, bottom), label, _ in reversed(shown):  # the best are drawn last
+    if detections.masks is not None:
+        for _, label, _, index in reversed(shown):  # the best are drawn last
+            mask = detections.masks[index].cpu().numpy()
+            _draw_mask(canvas, mask, class_colour(label), max(1, line // 2))
+    for (left, top, right, bottom), label, *_ in reversed(shown):
         cv2.rectangle(
             canvas, (left, top), (right - 1, bottom - 1), class_colour(label), line, cv2.LINE_8
         )
@@ -74,7 +80,7 @@ def draw_detections(
     picture = Image.fromarray(canvas)
     pen = ImageDraw.Draw(picture)
     placed: list[tuple[Rectangle, str, ImageFont.FreeTypeFont, Colour]] = []
-    for box, label, score in shown:
+    for box, label, score, _ in shown:
         text, font = _fit(classes[label], f"{score:.2f}", text_size, width)
         wide, high = _label_size(text, font)
         if text and high <= height:
@@ -88,13 +94,22 @@ def draw_detections(
     return np.array(picture)
 
 
-def _visible(detections: Detections, size: tuple[int, int]) -> list[tuple[Rectangle, int, float]]:
+def _draw_mask(
+    canvas: NDArray[np.uint8], mask: NDArray[np.bool_], colour: Colour, line: int
+) -> None:
+    """Blend a mask (H, W) into the canvas, with its outline, also that of its holes."""
+    canvas[mask] = (canvas[mask].astype(np.uint16) + np.array(colour, np.uint16)) // 2
+    found = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    cv2.drawContours(canvas, found[0], -1, colour, line)
+
+
+def _visible(detections: Detections, size: tuple[int, int]) -> list[Shown]:
     """Boxes as whole pixels inside an image of `size` (h, w), best score first."""
     height, width = size
     boxes = detections.boxes.detach().cpu().double().numpy()
     scores = detections.scores.detach().cpu().double().numpy()
     labels = detections.labels.tolist()
-    shown = []
+    shown: list[Shown] = []
     for index in np.argsort(-scores, kind="stable").tolist():
         x1, y1, x2, y2 = boxes[index].tolist()
         if not np.isfinite([x1, y1, x2, y2, scores[index]]).all():
@@ -103,7 +118,8 @@ def _visible(detections: Detections, size: tuple[int, int]) -> list[tuple[Rectan
             continue
         left, top = min(max(round(x1), 0), width - 1), min(max(round(y1), 0), height - 1)
         right, bottom = min(max(round(x2), left + 1), width), min(max(round(y2), top + 1), height)
-        shown.append(((left, top, right, bottom), labels[index], float(scores[index])))
+        box = (left, top, right, bottom)
+        shown.append((box, labels[index], float(scores[index]), index))
     return shown
 
 
