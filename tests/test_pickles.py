@@ -80,6 +80,17 @@ def test_everything_torch_writes(form: str, protocol: int) -> None:
     assert (file.about, file.others) == ({"meta": {"CLASSES": ("a",)}}, [])
 
 
+def test_a_view_of_a_storage() -> None:
+    """As torch before 0.4 saved a tensor that is a part of another: here (3, 4, 5, 6)."""
+    content = saved({"a": torch.arange(10.0)}, "old")
+    view = b"(X\x01\x00\x00\x00vK\x03K\x04tt"
+    assert content.count(b"K\x0aNt") == 1
+    content = content.replace(b"K\x0aNt", b"K\x0a" + view)
+    content = content.replace(b"K\x00K\x0a\x85", b"K\x00K\x04\x85")
+    wanted = torch.load(io.BytesIO(content), weights_only=True)["a"]
+    assert wanted.tolist() == taken(content).weights["a"].tolist() == [3, 4, 5, 6]
+
+
 def test_where_the_weights_are() -> None:
     state = {"a": torch.ones(2), "b": 7, 3: torch.ones(2)}
     for key in ("state_dict", "model", "blobs"):
@@ -353,6 +364,17 @@ HOSTILE = {
         "damaged",
     ),
     "torch short": (zipped(torch_tensor(b"K\x04\x85", b"K\x01\x85"), data_0=FOUR[:8]), "damaged"),
+    "torch two dtypes": (
+        zipped(
+            torch_tensor(b"K\x04\x85", b"K\x01\x85")[:-1]
+            + torch_tensor(b"K\x02\x85", b"K\x01\x85", count=b"K\x02")[3:-1]
+            .replace(b"Float", b"Double")
+            .replace(b"\x00\x00\x00a", b"\x00\x00\x00b")
+            + b".",
+            data_0=FOUR,
+        ),
+        "damaged",
+    ),
     "torch no storage": (zipped(torch_tensor(b"K\x04\x85", b"K\x01\x85")), "damaged"),
     "compressed": (
         zipped(

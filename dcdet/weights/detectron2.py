@@ -5,7 +5,7 @@ Source: detectron2/modeling, detectron2/layers/batch_norm.py, detectron2/checkpo
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -65,7 +65,7 @@ RULES = {
 }
 
 
-def knows(names: Iterable[str]) -> bool:
+def knows(names: Collection[str]) -> bool:
     """Whether these are names of a detector or a backbone of detectron2, or of Caffe2's ResNet."""
     return any(map(FAMILY.match, names))
 

@@ -5,7 +5,7 @@ Source: mmdet/models/{backbones,necks,dense_heads,roi_heads}, mmcv/ops; upgrade_
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 from dcdet.errors import UserError
@@ -60,7 +60,7 @@ RULES = {
 }
 
 
-def knows(names: Iterable[str]) -> bool:
+def knows(names: Collection[str]) -> bool:
     """Whether these are names of a detector of mmdetection, or of a backbone alone."""
     return any(map(DETECTOR.match, names)) or (
         all(name.startswith(("backbone.", "head.")) for name in names)
@@ -105,7 +105,7 @@ def _images(meta: dict[str, Any]) -> tuple[bool, dict[str, Any]]:
     rules = {"model.backbone.stride_in": "1x1" if re.search(r"style='caffe'", text) else "3x3"}
     found: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     for key in found:
-        numbers = re.search(rf"\b{key}=\[([\d.,\s]+)\]", text)
+        numbers = re.search(rf"{key}=\[([\d.,\s]+)\]", text)
         parts = re.findall(r"\d+\.?\d*", numbers[1]) if numbers else []
         if len(parts) == 3:
             found[key] = tuple(map(float, parts))

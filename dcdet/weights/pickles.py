@@ -54,8 +54,8 @@ PARAMETERS = {"torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter"}
 HARMLESS = {
     "argparse.Namespace", "builtins.bool", "builtins.bytearray", "builtins.complex",
     "builtins.float", "builtins.frozenset", "builtins.int", "builtins.list", "builtins.set",
-    "builtins.slice", "collections.Counter", "collections.deque", "datetime.date", "datetime.datetime",
-    "datetime.timedelta", "datetime.timezone", "mmcv.utils.config.Config",
+    "builtins.slice", "collections.Counter", "collections.deque", "datetime.date",
+    "datetime.datetime", "datetime.timedelta", "datetime.timezone", "mmcv.utils.config.Config",
     "mmengine.config.config.Config", "mmengine.logging.history_buffer.HistoryBuffer",
     "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.ndarray",
     "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath", "torch.Size",

@@ -5,7 +5,7 @@ torchvision/ops/feature_pyramid_network.py.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from dcdet.errors import UserError
 from dcdet.weights import IMAGENET_MEAN, IMAGENET_STD, RESNET, Translated, by_module, renamed
@@ -52,7 +52,7 @@ RULES = {
 }
 
 
-def knows(names: Iterable[str]) -> bool:
+def knows(names: Collection[str]) -> bool:
     """Whether these are names of a ResNet of torchvision, or of a detector with one."""
     return any(map(BACKBONE.fullmatch, names))
 
