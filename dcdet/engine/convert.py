@@ -57,9 +57,13 @@ def convert(config: Any, source: Path, destination: Path, report: Callable[[str]
     except OSError as error:
         raise UserError(source, f"cannot be read: {error.strerror or error}") from error
     sha256 = hashlib.sha256(content).hexdigest()
+    name, file = _read(content, source, sha256)
     model = build_model(config)
-    box_std = dict(model.named_buffers()).get("roi_head.box_std")
-    name, number, translated = _read(content, sha256, source, box_std)
+    if name == "MXNet":
+        box_std = dict(model.named_buffers()).get("roi_head.box_std")
+        translated = mxnet.translate(file.weights, box_std, source)
+    else:
+        translated = FAMILIES[name].translate(file)
     weights = _fitting(model, translated, source, config.where())
     for key, wanted in translated.rules.items():
         value = _look_up(config, key)
@@ -75,7 +79,7 @@ def convert(config: Any, source: Path, destination: Path, report: Callable[[str]
     checkpoint.save(destination, {"model": weights, "meta": meta})
     only = translated.backbone_only
     into = "model.backbone, the file has nothing else" if only else "the whole model"
-    report(f"{source}: {name}, {number} arrays, sha256 {sha256}")
+    report(f"{source}: {name}, {len(file.weights)} arrays, sha256 {sha256}")
     report(f"{len(translated.values)} loaded into {into}")
     report("0 missing")
     report(f"{len(translated.unknown)} unused{checkpoint.first(translated.unknown)}")
@@ -86,13 +90,11 @@ def convert(config: Any, source: Path, destination: Path, report: Callable[[str]
     return 0
 
 
-def _read(
-    content: bytes, sha256: str, source: Path, box_std: Tensor | None
-) -> tuple[str, int, Translated]:
-    """The family of a file, the number of its arrays, and they in dcdet's terms."""
+def _read(content: bytes, source: Path, sha256: str) -> tuple[str, File]:
+    """The name of a file's family, and what is in it."""
     arrays = mxnet.read(content, source)
     if arrays is not None:
-        return "MXNet", len(arrays), mxnet.translate(arrays, box_std, source)
+        return "MXNet", File(source, sha256, arrays, [], {})
     file = pickles.read(content, source, sha256)
     if file is None:
         raise UserError(source, "is of no kind that convert reads", READ)
@@ -100,12 +102,12 @@ def _read(
         raise UserError(source, "is a dcdet checkpoint already", "give it to --weights as it is")
     file = replace(file, weights=checkpoint.plain_names(file.weights))
     known = [name for name, family in FAMILIES.items() if family.knows(file.weights)]
-    if len(known) != 1:
-        what = f"has the names of {' and '.join(known)}" if known else (
-            f"has names of no network that is known{checkpoint.first(list(file.weights))}"
-        )  # fmt: skip
+    if not known:
+        what = f"has names of no network that is known{checkpoint.first(list(file.weights))}"
         raise UserError(source, what, READ)
-    return known[0], len(file.weights), FAMILIES[known[0]].translate(file)
+    if len(known) > 1:
+        raise UserError(source, f"has the names of {' and '.join(known)}", "only one can be right")
+    return known[0], file
 
 
 def _fitting(
