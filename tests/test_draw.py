@@ -114,13 +114,14 @@ def test_masks_shine_through_and_have_an_outline():
 
 def test_the_best_mask_is_on_top_and_goes_with_its_box():
     masks = np.zeros((4, 200, 200), dtype=bool)
-    for number, left in enumerate((20, 100, 20, 150)):
+    for number, left in enumerate((20, 100, 30, 150)):
         masks[number, 100:150, left : left + 40] = True
     boxes = [(20, 100, 60, 150), (float("nan"), 0, 1, 1), (20, 100, 60, 150), (900, 0, 950, 9)]
     args = found(boxes, [0.3, 0.8, 0.9, 0.7], [0, 1, 1, 1], masks)
     picture = draw_detections(canvas(200, 200), args, ["a", "b"])
     once = (GREY + np.array(class_colour(0))) // 2
     assert (picture[130, 40] == (once + np.array(class_colour(1))) // 2).all()
+    assert (picture[130, 66] == (GREY + np.array(class_colour(1))) // 2).all()
     assert (picture[130, 120] == GREY).all()  # rows that are left out take their masks with them
     assert (picture[130, 170] == GREY).all()
     nothing = found([], masks=np.zeros((0, 200, 200), dtype=bool))
