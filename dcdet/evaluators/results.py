@@ -72,15 +72,17 @@ class Evaluator:
             raise ValueError(f"label {wrong} with {len(self.reader.classes)} classes")
         finite = np.isfinite(boxes).all(axis=1) & np.isfinite(scores)
         self.dropped += int((~finite).sum())
-        masks = detections.masks
-        if masks is not None:
+        masks = None
+        if detections.masks is not None:
+            shape = tuple(detections.masks.shape)
             size = self.reader.records[self._order[detections.image_id]].size
-            if len(masks) != len(labels) or size not in (tuple(masks.shape[1:]), (0, 0)):
-                wanted = f"{len(labels)} of {size} pixels"
-                raise ValueError(f"masks of shape {tuple(masks.shape)}, wanted {wanted}")
-            masks = masks.detach().cpu()[torch.from_numpy(finite)]
+            if shape[0] != len(labels) or size not in (shape[1:], (0, 0)):
+                raise ValueError(f"masks of shape {shape}, wanted {len(labels)} of {size} pixels")
+            masks = [
+                mask for mask, good in zip(encode(detections.masks), finite, strict=True) if good
+            ]
         self.found[detections.image_id] = Found(
-            boxes[finite], scores[finite], labels[finite], None if masks is None else encode(masks)
+            boxes[finite], scores[finite], labels[finite], masks
         )
 
     def evaluated(self) -> list[tuple[Record, Found]]:
