@@ -113,6 +113,11 @@ class FrozenBatchNorm(nn.Module):
             x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, 1e-5
         )
 
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """forward(x) is x * scale + shift: (C,) each."""
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
 
 class EvalBatchNorm(FrozenBatchNorm):
     """Batch normalisation by constant statistics, with affine parameters that learn.
@@ -155,6 +160,15 @@ class BatchNorm(nn.BatchNorm2d):
         return (x32 * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
 
 
+def convolve(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(conv(x)); where both are linear, as one convolution, which saves a pass over memory."""
+    if isinstance(conv, nn.Conv2d) and isinstance(norm, FrozenBatchNorm):
+        scale, shift = norm.scale_and_shift()
+        weight = conv.weight * scale[:, None, None, None]
+        return F.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation)
+    return norm(conv(x))
+
+
 NORMS = {"frozen_bn": FrozenBatchNorm, "eval_bn": EvalBatchNorm, "bn": BatchNorm}
 
 
@@ -184,7 +198,7 @@ class Block(nn.Module):
         if bottleneck:
             self.conv3 = nn.Conv2d(channels, self.out_channels, 1, bias=False)
             self.bn3 = norm(self.out_channels)
-        self.downsample: nn.Module | None = None
+        self.downsample: nn.Sequential | None = None
         if stride != 1 or in_channels != self.out_channels:
             self.downsample = nn.Sequential(
                 nn.Conv2d(in_channels, self.out_channels, 1, stride, bias=False),
@@ -193,11 +207,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, out_channels, H', W')."""
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = self.bn2(self.conv2(y))
+        y = F.relu(convolve(self.conv1, self.bn1, x), inplace=True)
+        y = convolve(self.conv2, self.bn2, y)
         if self.last:
-            y = self.bn3(self.conv3(F.relu(y, inplace=True)))
-        shortcut = x if self.downsample is None else self.downsample(x)
+            y = convolve(self.conv3, self.bn3, F.relu(y, inplace=True))
+        down = self.downsample
+        shortcut = x if down is None else convolve(down[0], down[1], x)
         return F.relu(y + shortcut, inplace=True)
 
 
@@ -274,7 +289,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Normalised images (B, 3, H, W) -> maps by name."""
-        x = F.relu(self.bn1(self.conv1(images)), inplace=True)
+        x = F.relu(convolve(self.conv1, self.bn1, images), inplace=True)
         padding = self.pool_padding
         x = F.max_pool2d(x, 3, 2, padding, ceil_mode=padding == 0)
         maps = {}
