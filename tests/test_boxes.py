@@ -1,5 +1,6 @@
 """Box arithmetic against the 2017 release's recorded values and against its own inverses."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchvision.models.detection._utils import BoxCoder
 
 from dcdet import boxes as box_ops
 
@@ -57,6 +59,43 @@ def test_decode_is_the_inverse_of_encode(pairs: list[tuple[list[float], list[flo
     torch.testing.assert_close(
         box_ops.decode(boxes, box_ops.encode(boxes, targets)), targets, atol=1e-8, rtol=1e-8
     )
+
+
+def boxes_and_deltas(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Boxes with sides of 1 to 400 pixels, and deltas of which many dw, dh are beyond a limit."""
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(shape[0], 2, generator=generator, dtype=torch.float64) * 500
+    sides = 1 + torch.rand(shape[0], 2, generator=generator, dtype=torch.float64) * 399
+    deltas = torch.randn(*shape, 4, generator=generator, dtype=torch.float64) * 5
+    return torch.cat([corners, corners + sides], 1), deltas
+
+
+def test_high_limit_equals_torchvision() -> None:
+    boxes, deltas = boxes_and_deltas((50, 3))
+    assert (deltas[..., 2:] > math.log(1000 / 16)).any()
+    assert (deltas[..., 2:] < -math.log(1000 / 16)).any()
+    wanted = BoxCoder((1.0, 1.0, 1.0, 1.0)).decode_single(deltas.flatten(1), boxes)
+    ours = box_ops.decode(boxes, deltas, "high")
+    torch.testing.assert_close(ours, wanted.view(50, 3, 4), rtol=1e-12, atol=1e-9)
+
+
+def test_limits_of_both_sides_follow_mmdetections_formula() -> None:
+    """MMDET.md, 6: dw and dh are clamped to +-4.1352, one box after the other."""
+    boxes, deltas = boxes_and_deltas((40,))
+    ours = box_ops.decode(boxes, deltas, "both").tolist()
+    for (x1, y1, x2, y2), (dx, dy, dw, dh), found in zip(
+        boxes.tolist(), deltas.tolist(), ours, strict=True
+    ):
+        low, high = math.log(16 / 1000), -math.log(16 / 1000)
+        width = (x2 - x1) * math.exp(min(max(dw, low), high))
+        height = (y2 - y1) * math.exp(min(max(dh, low), high))
+        x, y = (x1 + x2) / 2 + dx * (x2 - x1), (y1 + y2) / 2 + dy * (y2 - y1)
+        wanted = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+        assert found == pytest.approx(wanted, rel=1e-9, abs=1e-6)
+    assert max(found[2] - found[0] for found in ours) > 400  # some were enlarged
+    unlimited = box_ops.decode(boxes, deltas * 1e3)
+    assert not unlimited.isfinite().all()
+    assert box_ops.decode(boxes, deltas * 1e3, "both").isfinite().all()
 
 
 @given(box, st.integers(1, 2000))
