@@ -168,7 +168,9 @@ def roi_targets(
         best, index, _ = best_object(rois, target.boxes)
         if claim_iou is not None and len(proposals):
             _, _, claimed = best_object(proposals, target.boxes, claim_iou)
-            index[: len(proposals)] = torch.where(claimed >= 0, claimed, index[: len(proposals)])
+            claimed = F.pad(claimed, (0, len(target.boxes)), value=-1)
+            index = torch.where(claimed >= 0, claimed, index)
+            best = torch.where(claimed >= 0, 1.0, best)  # foreground, whatever their IoU
         foreground = best >= foreground_iou
         labels[foreground] = target.labels[index[foreground]] + 1
         deltas[foreground] = box_ops.encode(rois, target.boxes[index])[foreground]
