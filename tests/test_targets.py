@@ -1,14 +1,17 @@
 """Assignment, sampling and losses against the 2017 release's recorded ones."""
 
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.models.detection._utils import Matcher
+from torchvision.ops import box_iou
 
 from dcdet import boxes as box_ops
 from dcdet.models import targets
@@ -107,6 +110,137 @@ def test_thousands_of_objects_are_compared_in_chunks(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(targets, "PAIRS_AT_ONCE", 100 * 7)
     for ours, wanted in zip(targets.best_object(boxes[:600], boxes[600:]), whole, strict=True):
         assert torch.equal(ours, wanted)
+
+
+# Few whole numbers: many ties, and IoUs that are a threshold exactly.
+few_boxes = st.tuples(
+    st.integers(0, 4), st.integers(0, 4), st.integers(1, 4), st.integers(1, 4)
+).map(lambda box: (box[0], box[1], box[0] + box[2], box[1] + box[3]))
+Box = tuple[int, int, int, int]
+
+
+def exact_iou(a: Box, b: Box) -> Fraction:
+    width = max(0, min(a[2], b[2]) - max(a[0], b[0]))
+    height = max(0, min(a[3], b[3]) - max(a[1], b[1]))
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    return Fraction(width * height, sum(areas) - width * height)
+
+
+def assigned(
+    boxes: list[Box], objects: list[Box], positive: float, negative: tuple[float, float],
+    claim: float | None,
+) -> list[int | None]:  # fmt: skip
+    """mmdetection's assignment (MMDET.md, 7), box by box: an object, -1 background, None neither.
+
+    Unlike there, an object that nothing overlaps claims nothing.
+    """
+    result: list[int | None] = []
+    for box in boxes:
+        overlaps = [exact_iou(box, one) for one in objects]
+        best = max(overlaps)
+        background = -1 if negative[0] <= best < negative[1] else None
+        result.append(overlaps.index(best) if best >= positive else background)
+    for number, one in enumerate(objects if claim is not None else []):
+        overlaps = [exact_iou(box, one) for box in boxes]
+        if max(overlaps, default=0) > 0 and max(overlaps) >= claim:
+            result = [
+                number if overlap == max(overlaps) else old
+                for old, overlap in zip(result, overlaps, strict=True)
+            ]
+    return result
+
+
+def target_of(objects: list[Box]) -> Target:
+    nothing = torch.zeros(0, 4)
+    return Target(0, (9, 9), torch.tensor(objects).float(), torch.arange(len(objects)), nothing)
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(st.tuples(few_boxes, st.booleans()), min_size=1, max_size=12),
+    st.lists(few_boxes, min_size=1, max_size=4),
+    st.sampled_from([0.5, 0.75]),
+    st.sampled_from([0.0, 0.25, 0.5]),
+)
+def test_claimed_anchors_learn_what_mmdetection_says(
+    rows: list[tuple[Box, bool]], objects: list[Box], positive: float, claim: float
+) -> None:
+    anchors = torch.tensor([box for box, _ in rows]).float()
+    usable = torch.tensor([fine for _, fine in rows])
+    labels, deltas = targets.rpn_targets(
+        anchors, target_of(objects), usable, positive, 0.25, None, claim
+    )
+    wanted = iter(
+        assigned([box for box, fine in rows if fine], objects, positive, (0, 0.25), claim)
+    )
+    for place, (_, fine) in enumerate(rows):
+        number = next(wanted) if fine else None
+        assert labels[place] == (-1 if number is None else min(number + 1, 1))
+        if number is not None and number >= 0:
+            goal = torch.tensor([objects[number]]).float()
+            assert torch.equal(deltas[place], box_ops.encode(anchors[place, None], goal)[0])
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(few_boxes, max_size=10),
+    st.lists(few_boxes, min_size=1, max_size=4, unique=True),
+    st.sampled_from([None, 0.0, 0.25, 0.5]),
+    st.sampled_from([0.0, 0.125]),
+)
+def test_claimed_rois_learn_what_mmdetection_says(
+    proposals: list[Box], objects: list[Box], claim: float | None, low: float
+) -> None:
+    """The objects' own boxes join in afterwards: they claim nothing, and are their own."""
+    rois, labels, deltas, which = targets.roi_targets(
+        torch.tensor(proposals).view(-1, 4).float(), target_of(objects), 0.5, (low, 0.5), None,
+        claim_iou=claim,
+    )  # fmt: skip
+    wanted = assigned(proposals, objects, 0.5, (low, 0.5), claim) + list(range(len(objects)))
+    everything = [*proposals, *objects]
+    order = [i for i, number in enumerate(wanted) if number is not None and number >= 0]
+    foreground = len(order)
+    order += [i for i, number in enumerate(wanted) if number == -1]
+    assert rois.tolist() == [list(everything[i]) for i in order]
+    assert labels.tolist() == [wanted[i] + 1 for i in order]
+    assert which[:foreground].tolist() == [wanted[i] for i in order[:foreground]]
+    goals = torch.tensor([objects[wanted[i]] for i in order[:foreground]]).float()
+    assert torch.equal(deltas[:foreground], box_ops.encode(rois[:foreground], goals))
+    assert not deltas[foreground:].any()
+
+
+def test_an_object_claims_its_best_box_from_one_that_fits_better() -> None:
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [100.0, 0.0, 110.0, 10.0]])
+    objects = torch.tensor([[0.0, 0.0, 10.0, 9.0], [0.0, 0.0, 10.0, 6.0], [200.0, 0, 210, 10]])
+    best, index, claimed = targets.best_object(boxes, objects)
+    assert best.tolist() == pytest.approx([0.9, 0])
+    assert index.tolist() == [0, 0]
+    assert claimed.tolist() == [1, -1]  # the last of those it is the best of
+    assert targets.best_object(boxes, objects, 0.7)[2].tolist() == [0, -1]
+    assert targets.best_object(boxes, objects, 0.95)[2].tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("positive", [0.5, 0.7])
+@pytest.mark.parametrize("claim", [False, True])
+def test_without_claims_labels_equal_torchvisions(positive: float, claim: bool) -> None:
+    """Its best anchors are positive, too, but learn the object that fits them best."""
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(400, 2, generator=generator) * 60
+    boxes = torch.cat([corners, corners + 10 + torch.rand(400, 2, generator=generator) * 40], 1)
+    anchors, objects = boxes[:390], boxes[390:]
+    matched = Matcher(positive, 0.3, allow_low_quality_matches=True)(
+        box_iou(objects, anchors)
+    )  # fmt: skip
+    wanted = torch.where(matched >= 0, 1, torch.where(matched == -1, 0, -1))
+    target = Target(0, (99, 99), objects, torch.zeros(10).long(), torch.zeros(0, 4))
+    usable = torch.ones(390, dtype=torch.bool)
+    labels, deltas = targets.rpn_targets(
+        anchors, target, usable, positive, 0.3, None, 0.0 if claim else None
+    )
+    assert torch.equal(labels, wanted)
+    own = labels == 1
+    best = box_ops.encode(anchors, objects[matched.clamp(min=0)])
+    assert torch.equal(deltas[own], best[own]) != claim
 
 
 def test_subsample_keeps_the_wanted_numbers_and_follows_its_seed() -> None:
