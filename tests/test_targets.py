@@ -1,6 +1,7 @@
 """Assignment, sampling and losses against the 2017 release's recorded ones."""
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -187,20 +188,26 @@ def test_claimed_anchors_learn_what_mmdetection_says(
     st.lists(few_boxes, min_size=1, max_size=4, unique=True),
     st.sampled_from([None, 0.0, 0.25, 0.5]),
     st.sampled_from([0.0, 0.125]),
+    st.booleans(),
 )
 def test_claimed_rois_learn_what_mmdetection_says(
-    proposals: list[Box], objects: list[Box], claim: float | None, low: float
+    proposals: list[Box], objects: list[Box], claim: float | None, low: float, crowd: bool
 ) -> None:
     """The objects' own boxes join in afterwards: they claim nothing, and are their own."""
+    target = target_of(objects)
+    if crowd:
+        target = replace(target, ignored=torch.tensor([[0.0, 0.0, 3.0, 3.0]]))
     rois, labels, deltas, which = targets.roi_targets(
-        torch.tensor(proposals).view(-1, 4).float(), target_of(objects), 0.5, (low, 0.5), None,
-        claim_iou=claim,
-    )  # fmt: skip
+        torch.tensor(proposals).view(-1, 4).float(), target, 0.5, (low, 0.5), 1.0, claim_iou=claim
+    )
     wanted = assigned(proposals, objects, 0.5, (low, 0.5), claim) + list(range(len(objects)))
     everything = [*proposals, *objects]
     order = [i for i, number in enumerate(wanted) if number is not None and number >= 0]
     foreground = len(order)
-    order += [i for i, number in enumerate(wanted) if number == -1]
+    order += [
+        i for i, number in enumerate(wanted)
+        if number == -1 and not (crowd and max(everything[i][2:]) <= 3)
+    ]  # fmt: skip
     assert rois.tolist() == [list(everything[i]) for i in order]
     assert labels.tolist() == [wanted[i] + 1 for i in order]
     assert which[:foreground].tolist() == [wanted[i] for i in order[:foreground]]
