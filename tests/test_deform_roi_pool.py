@@ -16,7 +16,8 @@ from test_psroi_pool import random, roi_lists
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dcdet.ops import deform_roi_pool, reference
+from dcdet.ops import deform_roi_pool, reference, roi_align
+from dcdet.ops.deform_roi_pool import moved_bins
 
 module = importlib.import_module("dcdet.ops.deform_roi_pool")
 pytestmark = pytest.mark.usefixtures("way")
@@ -365,6 +366,12 @@ def test_wrong_arguments(change: dict[str, Any], error: type[Exception], message
     deform_roi_pool(**good_arguments())
     with pytest.raises(error, match=f"deform_roi_pool: {message}"):
         deform_roi_pool(**good_arguments() | change)
+    names = good_arguments().keys() - {"offset", "mask", "gamma"}
+    for aligned in (False, True) if change.keys() <= names else ():
+        with pytest.raises(error, match=f"deform_roi_pool: {message}"):
+            roi_align(
+                **{name: (good_arguments() | change)[name] for name in names}, aligned=aligned
+            )
 
 
 @pytest.mark.parametrize("fake", [False, True])
@@ -400,6 +407,74 @@ def test_operators_refuse_what_the_function_refuses(fake: bool) -> None:
         for wrong in (grad[:1], grad[..., :1], grad.double()):
             with pytest.raises((ValueError, TypeError), match="deform_roi_pool: grad must be"):
                 backward(wrong, input, rois, offset, size, 1.0, 0, 0.1)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("ratio", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_roi_align_equals_torchvision(dtype: torch.dtype, ratio: int, aligned: bool) -> None:
+    """RoIs from nothing to larger than the map, in it, over its border and outside."""
+    generator = torch.Generator().manual_seed(0)
+    corner = torch.rand(60, 2, generator=generator, dtype=dtype) * 400 - 60
+    side = 10 ** (torch.rand(60, 2, generator=generator, dtype=dtype) * 4.5 - 2)
+    corner[0], side[0], side[1, 0] = 50.0, 0, 0
+    image = torch.arange(60)[:, None].to(dtype) % 2
+    rois = torch.cat([image, corner, corner + side], 1)
+    assert ((side * 0.3).amax(1) < 1).sum() > 10
+    input = random(2, 5, 60, 78, dtype=dtype)
+    results = []
+    for op in (roi_align, torchvision.ops.roi_align):
+        leaf = op_cases.leaf(input)
+        output = op(leaf, rois, (7, 5), 0.3, ratio, aligned)
+        results.append(
+            (output, *op_cases.gradients(output, op_cases.whole_numbers(output), [leaf]))
+        )
+    for one, other in zip(*results, strict=True):
+        op_cases.same(one, other, 1e-10 if dtype == torch.float64 else 1e-3)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_roi_aligns_gradient_is_the_derivative(aligned: bool) -> None:
+    rois = torch.tensor(
+        [[0, 1.2, 0.7, 8.1, 9.9], [0, 3.0, 3.0, 3.1, 3.1], [0, -4.0, 2.0, 2.0, 30.0]]
+    )
+    input = random(1, 2, 8, 9).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: roi_align(x, rois.double(), 2, 0.7, 2, aligned), input
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_roi_align_of_half_types_and_of_no_rois(aligned: bool) -> None:
+    rois, input = boxes(6), random(1, 3, 20, 26, dtype=torch.bfloat16)
+    output = roi_align(input, rois, 3, 1 / 16, 2, aligned)
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, roi_align(input.float(), rois, 3, 1 / 16, 2, aligned).bfloat16())
+    leaf = input.float().requires_grad_()
+    nothing = roi_align(leaf, rois[:0], (3, 2), 1 / 16, 0, aligned)
+    assert nothing.shape == (0, 3, 3, 2)
+    nothing.sum().backward()
+    assert leaf.grad is not None
+    assert not leaf.grad.any()
+
+
+def test_moved_bins_are_what_is_pooled() -> None:
+    """On maps that hold their own x and y a bin's mean is its middle."""
+    rois = torch.tensor([[0, 120.4, 200.5, 330.2, 400.0], [0, 250.0, 130.0, 260.0, 139.5]])
+    offset = random(2, 2, 3, 4, dtype=torch.float32).clamp(-1, 1)
+    bins = moved_bins(rois, offset, 0.1)
+    assert bins.shape == (2, 3, 4, 4)
+    ramp = torch.arange(40.0).expand(40, 40)
+    for axis, plane in enumerate((ramp, ramp.t())):
+        read = deform_roi_pool(plane[None, None], rois, offset, (3, 4), 1 / 16, 2, 0.1)
+        middle = (bins[..., axis] + bins[..., axis + 2]) / 2
+        op_cases.same(read[:, 0], middle / 16 - 0.5, 1e-4)
+    still = moved_bins(rois, torch.zeros_like(offset), 0.1)
+    op_cases.same(still[:, 0, 0, :2], rois[:, 1:3], 1e-4)
+    op_cases.same(still[:, -1, -1, 2:], rois[:, 3:], 1e-4)
+    op_cases.same(still[:, :, :-1, 2], still[:, :, 1:, 0], 1e-4)
+    op_cases.same(still[:, :-1, :, 3], still[:, 1:, :, 1], 1e-4)
+    assert moved_bins(rois[:0], offset[:0], 0.1).shape == (0, 3, 4, 4)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

@@ -327,6 +327,19 @@ def test_levels_have_their_own_proposals(levels: Any) -> None:
     assert torch.equal(few, found[:7])
 
 
+@pytest.mark.parametrize("limit", ["none", "high", "both"])
+def test_proposals_bound_their_deltas(limit: Any) -> None:
+    """Of a box of 2 pixels the width grows e^5-fold, or 62.5-fold at most."""
+    anchors = torch.tensor([[500.0, 500.0, 502.0, 502.0]])
+    raw = replace(random_raw(1, anchors, (1,)), deltas=torch.tensor([[[0.0, 0.0, 5.0, -5.0]]]))
+    rpn = make_head([4], ANY, delta_limit=limit).eval()
+    [[box]] = rpn.proposals(raw, [(1000, 1000)], [1.0])
+    grown, shrunk = {"none": (np.exp(5), np.exp(-5)), "high": (62.5, np.exp(-5)),
+                     "both": (62.5, 1 / 62.5)}[limit]  # fmt: skip
+    found = [(box[2] - box[0]).item() / 2, (box[3] - box[1]).item() / 2]
+    assert found == pytest.approx([grown, shrunk], rel=1e-2)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("claim_iou", 1.5), ("box_beta", -0.1), ("learn_multiple", 0), ("positive_iou", 0.0),

@@ -90,8 +90,9 @@ def roi_align(
     """RoIAlign: `deform_roi_pool` of bins that stay where they are, in its terms.
 
     Without `aligned`, as in torchvision's detectors, a RoI spans x1 * scale to x2 * scale on the
-    map, half a pixel further down and right, and is at least one pixel high and wide. Source: He et
-    al., Mask R-CNN; roi_align of torchvision.
+    map, half a pixel further down and right, and is at least one pixel high and wide. (By rounding
+    a bin of whole pixels may then have a sample more or less than there, where `sampling_ratio` is
+    0.) Source: He et al., Mask R-CNN; roi_align of torchvision.
     """
     if not aligned:
         bins = checks.pair(OP, "output_size", output_size, 1)
