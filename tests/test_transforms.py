@@ -5,6 +5,7 @@ import json
 import os
 import runpy
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 from typing import Any, get_args
@@ -194,6 +195,17 @@ def test_bad_files_are_refused_with_a_reason(tmp_path: Path, kind: str, reason: 
         read_image(str(path))
     assert str(caught.value)
     assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_file_takes_no_more_memory_than_its_size(tmp_path: Path) -> None:
+    path = tmp_path / "small"
+    path.write_bytes(bytes(1000))
+    tracemalloc.start()
+    try:
+        assert read_file(str(path), limit=1 << 40) == bytes(1000)
+        assert tracemalloc.get_traced_memory()[1] < 500_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_pixel_limit_and_file_limit(tmp_path: Path) -> None:

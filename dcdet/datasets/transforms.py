@@ -46,7 +46,7 @@ def read_file(path: str, limit: int = MAX_FILE_BYTES) -> bytes:
         if status.st_size > limit:
             raise OSError(f"has {status.st_size} bytes, more than {limit}")
         with open(descriptor, "rb", closefd=False) as file:
-            return file.read(limit)
+            return file.read(status.st_size)
     finally:
         os.close(descriptor)
 
