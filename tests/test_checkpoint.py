@@ -72,8 +72,24 @@ def test_a_flipped_byte_never_loads_as_something_else(saved: Path, tmp_path: Pat
 @pytest.mark.parametrize("size", [0, 1, 100, 1000])
 def test_a_cut_file_is_refused(saved: Path, size: int) -> None:
     os.truncate(saved, size)
-    with pytest.raises(UserError, match="not a readable checkpoint"):
+    with pytest.raises(UserError, match=r"is not a checkpoint|cut off or damaged"):
         checkpoint.load(saved)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    weights = {"weight": torch.ones(1)}
+    for state in ({}, {"model": {}}, {"model": {"weight": [1]}}, {"model": weights, "meta": 5},
+                  {"model": weights, "meta": {"classes": 5}},
+                  {"model": weights, "meta": {"classes": ["a", 5]}},
+                  {"model": weights, "meta": {"category_ids": ["a"]}}):  # fmt: skip
+        checkpoint.save(path, state)
+        with pytest.raises(UserError, match="holds no model weights"):
+            checkpoint.load(path)
+    for other in ([1], {"epoch": 3, "array": b"abc"}):
+        torch.save(other, path)
+        with pytest.raises(UserError, match=r"not a checkpoint|no model weights"):
+            checkpoint.load(path)
 
 
 @pytest.mark.parametrize("form", ["torch", "torch_old", "pickle"])

@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcdet.errors import UserError
-from dcdet.weights.pickles import DICTIONARIES, HARMLESS, MAGIC, File, read
+from dcdet.weights.pickles import DICTIONARIES, HARMLESS, MAGIC, File, read, read_all
 
 FILE = Path("some.pth")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32,
@@ -78,6 +78,42 @@ def test_everything_torch_writes(form: str, protocol: int) -> None:
         value = value.detach().float() if value.dtype == torch.bfloat16 else value.detach()
         assert torch.equal(torch.from_numpy(file.weights[name].copy()), value), name
     assert (file.about, file.others) == ({"meta": {"CLASSES": ("a",)}}, [])
+
+
+def same(found: Any, wanted: Any) -> bool:
+    """Equal to the last bit, type, number and stride."""
+    if isinstance(wanted, torch.Tensor):
+        equal = torch.equal(found, wanted) and found.dtype == wanted.dtype
+        return equal and found.stride() == wanted.stride()
+    if isinstance(wanted, dict):
+        return list(found) == list(wanted) and all(same(found[key], wanted[key]) for key in wanted)
+    if isinstance(wanted, list | tuple):
+        pairs = zip(found, wanted, strict=True)
+        return type(found) is type(wanted) and all(same(*pair) for pair in pairs)
+    return type(found) is type(wanted) and bool(found == wanted)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("form", ["zip", "old"])
+def test_all_of_a_training_checkpoint(form: str, protocol: int) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 3), torch.nn.BatchNorm2d(3))
+    model = model.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(torch.randn(1, 2, 4, 4)).sum().backward()
+    optimizer.step()
+    content = saved({
+        "model": model.state_dict(), "tensors": tensors(), "optimizer": optimizer.state_dict(),
+        "plain": {"tuple": (1, -2.5, True, None), "text": "ä", "numbers": list(range(2000)),
+                  "nested": [[], {}, ({"a": [torch.ones(2)]},)], "large": 1 << 70},
+    }, form, protocol)  # fmt: skip
+    wanted = torch.load(io.BytesIO(content), weights_only=protocol == 2)
+    wanted["tensors"]["parameter"] = wanted["tensors"]["parameter"].detach()
+    found = read_all(content, FILE)
+    assert same(found, wanted)
+    found["tensors"]["one"].zero_()
+    assert torch.equal(found["tensors"]["other"], wanted["tensors"]["other"])
+    odd = {"a": 1, ("b",): 2, None: 3, -1: 4, 1 << 40: 5, True: 6, "c": {"d"}, "e": b"f"}
+    assert read_all(saved(odd), FILE) == {"a": 1, "c": None, "e": None}
 
 
 def test_a_view_of_a_storage() -> None:
@@ -311,6 +347,11 @@ HOSTILE = {
         + b"u.",
         "a",
     ),
+    "shared value": (
+        b"\x80\x02}(" + KEY + ARRAY + b"X\x01\x00\x00\x00b)" + 60 * b"q\x01h\x01\x86" + b"u.",
+        "a",
+    ),
+    "own value": (b"\x80\x02}(" + KEY + ARRAY + b"X\x01\x00\x00\x00b]q\x01h\x01au.", "a"),
     "colliding keys": (
         b"\x80\x02}("
         + KEY
@@ -425,6 +466,25 @@ def test_hostile_files(name: str) -> None:
         tracemalloc.stop()
     assert peak < 5 * len(content) + 30_000_000
     assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_read_whole(name: str) -> None:
+    begin = time.monotonic()
+    try:
+        found = read_all(HOSTILE[name][0], FILE)
+    except UserError as error:
+        assert str(error).startswith("some.pth: ")  # noqa: PT017
+    else:
+        assert found is None or type(found) in (dict, list)
+    assert time.monotonic() - begin < 10
+
+
+def test_one_tensor_many_times_is_counted() -> None:
+    weight = torch.zeros(1000)
+    assert len(read_all(saved([weight] * 3), FILE)) == 3
+    with pytest.raises(UserError, match=r"some\.pth: unfolds to more than"):
+        read_all(saved([weight] * 1000), FILE)
 
 
 def test_other_files_are_left_to_others() -> None:

@@ -17,11 +17,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dcdet.datasets.transforms import read_file
 from dcdet.errors import DivergedError, MachineError, UserError, first_line
 from dcdet.models.timm_backbone import TimmBackbone
+from dcdet.weights import pickles
 
 T = TypeVar("T")
 FORMAT = 1
+MAX_BYTES = 8 << 30
 NAME = re.compile(r"step_(\d{8})\.pth")
 log = logging.getLogger("dcdet.checkpoint")
 
@@ -63,18 +66,15 @@ def load(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(path, "no such checkpoint")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file  # comes with timm
-
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for damaged or hostile files
-        raise UserError(
-            path, f"not a readable checkpoint ({type(error).__name__})",
-            "damaged, of another kind, or one that would run code; nothing was run",
-        ) from error  # fmt: skip
+    if path.suffix == ".safetensors":
+        state = _load_safetensors(path)
+    else:
+        try:
+            state = pickles.read_all(read_file(str(path), MAX_BYTES), path)
+        except OSError as error:
+            raise UserError(path, f"cannot be read: {error.strerror or error}") from error
+    if state is None:
+        raise UserError(path, "is not a checkpoint", "a .pth file that torch.save wrote is wanted")
     if not isinstance(state, dict):
         raise UserError(path, f"holds a {type(state).__name__}, not a checkpoint")
     if "digest" in state or "format" in state:
@@ -84,14 +84,38 @@ def load(path: Path) -> dict[str, Any]:
         if state.get("format") != FORMAT:
             raise UserError(path, f"format {state.get('format')} is not known",
                             "written by a newer dcdet?")  # fmt: skip
-        return state
-    if isinstance(state.get("model"), dict):
-        state = state["model"]
+    elif isinstance(state.get("model"), dict):
+        state = {"model": state["model"]}
     elif isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        state = {"model": state["state_dict"]}
+    else:
+        state = {"model": state}
+    meta = state.get("meta", {})
+    if not (
+        _all(state.get("model"), Tensor)
+        and state["model"]
+        and isinstance(meta, dict)
+        and _all(meta.get("classes", []), str)
+        and _all(meta.get("category_ids", []), int)
+    ):
         raise UserError(path, "holds no model weights")
-    return {"model": state}
+    return state
+
+
+def _all(items: Any, kind: type) -> bool:
+    """Whether it is a list of such items, or a dictionary of them by name."""
+    if isinstance(items, dict):
+        return all(isinstance(name, str) for name in items) and _all([*items.values()], kind)
+    return isinstance(items, list) and all(isinstance(item, kind) for item in items)
+
+
+def _load_safetensors(path: Path) -> Any:
+    from safetensors.torch import load_file  # comes with timm
+
+    try:
+        return load_file(path)
+    except Exception as error:  # of many types
+        raise UserError(path, f"not a readable checkpoint ({first_line(error)})") from error
 
 
 def load_weights(model: nn.Module, path: str | Path, partial: bool = False) -> dict[str, Any]:

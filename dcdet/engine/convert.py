@@ -19,7 +19,6 @@ from dcdet.models.build import build_model
 from dcdet.weights import Translated, detectron2, mmdet, mxnet, pickles, torchvision
 from dcdet.weights.pickles import File
 
-MAX_BYTES = 8 << 30
 OFFICIAL_SET = re.compile(r"[a-z-]+20(14|15|17)")
 log = logging.getLogger("dcdet.convert")
 
@@ -53,7 +52,7 @@ def convert(config: Any, source: Path, destination: Path, report: Callable[[str]
     if destination.exists() and destination.samefile(source):
         raise UserError(destination, "is the file that is to be converted", "name another")
     try:
-        content = read_file(str(source), MAX_BYTES)
+        content = read_file(str(source), checkpoint.MAX_BYTES)
     except OSError as error:
         raise UserError(source, f"cannot be read: {error.strerror or error}") from error
     sha256 = hashlib.sha256(content).hexdigest()

@@ -7,7 +7,7 @@ arrays and tensors are acted out below, some stand for objects that nobody needs
 refuses the file.
 
 Memory stays within a few times the size of the file: arrays are views of its bytes, what is copied
-is counted. Only text is hashed, since other keys can be made to stall or to crash the hashing.
+is counted. Only text and small numbers are hashed: other keys can stall or crash the hashing.
 
     .pkl            one pickle of protocol 2 or later, of Python 2 or 3
     .pth            a zip archive: NAME/data.pkl, and NAME/data/KEY for each storage
@@ -21,17 +21,21 @@ import pickletools
 import re
 import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dcdet.errors import UserError
 
 # A training checkpoint of ResNet-101 has 50 thousand.
 MAX_OPERATIONS = 500_000
 MAX_INTEGER_BITS, MAX_RANK = 128, 32
+MAX_KEY = 1 << 16  # of the numbers that are keys: parameters in the state of an optimizer
 MAGIC = 0x1950A86A20F9469CFC6C
 
 STORAGES = {
@@ -136,25 +140,38 @@ def read(content: bytes, path: Path, sha256: str) -> File | None:
     """
     reader = _Reader(content, path)
     try:
-        if content.startswith(b"PK\x03\x04"):
-            tree = reader.archive()
-        elif re.match(rb"\x80[\2-\5]", content):
-            tree = reader.pickles()
-        else:
-            return None
+        tree = reader.content_tree()
         about = tree if isinstance(tree, dict) else {}
         places = (about.get(key) for key in ("state_dict", "model", "blobs"))
         state: dict[str, Any] = next((item for item in places if isinstance(item, dict)), about)
         weights = {name: reader.array(name, item) for name, item in state.items()
                    if isinstance(name, str) and isinstance(item, _Array | _Tensor)}  # fmt: skip
     except DAMAGED as error:
-        raise UserError(path, f"cut off or damaged ({type(error).__name__})",
-                        "download or copy it again") from error  # fmt: skip
+        raise _damaged(path, error) from error
     if not weights:
         return None
     others = [name for name in state if isinstance(name, str) and name not in weights]
     about = {key: item for key, item in about.items() if item is not state}
     return File(path, sha256, weights, others, about)
+
+
+def read_all(content: bytes, path: Path) -> Any:
+    """Everything in one of torch's files: dictionaries by text or small numbers, lists, tuples,
+    plain values, and tensors, with their dtypes and strides; None in place of all else, and for a
+    file of another kind. Nothing in it is shared, tensors' memory neither.
+
+    Raises UserError for a file that is damaged, or holds anything that is not known.
+    """
+    reader = _Reader(content, path)
+    try:
+        return reader.unfolded(reader.content_tree())
+    except DAMAGED as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    what = f"cut off or damaged ({type(error).__name__})"
+    return UserError(path, what, "download or copy it again")
 
 
 class _Reader:
@@ -166,6 +183,14 @@ class _Reader:
         self.root = ""
         self.dtypes: dict[str, np.dtype] = {}
         self.storages: dict[str, np.ndarray] = {}
+
+    def content_tree(self) -> Any:
+        """The content of a file; None for one of another kind."""
+        if self.content.startswith(b"PK\x03\x04"):
+            return self.archive()
+        if re.match(rb"\x80[\2-\5]", self.content):
+            return self.pickles()
+        return None
 
     def archive(self) -> Any:
         """The content of a zip archive; None for one that is not torch's."""
@@ -199,18 +224,29 @@ class _Reader:
         if not little:
             raise UserError(self.path, "was written by a big-endian machine")
 
-    def _member(self, name: str) -> bytes:
+    def _member(self, name: str) -> memoryview:
         assert self.zip
         info = self.zip.getinfo(self.root + name)
         if info.compress_type != zipfile.ZIP_STORED:
             raise UserError(f"{self.path}: {name:.100}", "is compressed, as torch never does")
-        self._spend(info.file_size)
-        return self.zip.read(info)
+        header, view = info.header_offset, memoryview(self.content)
+        lengths = struct.unpack("<HH", view[header + 26 : header + 30])  # of a name and more
+        begin = header + 30 + sum(lengths)
+        data = view[begin : begin + info.file_size]
+        if len(data) != info.file_size or zlib.crc32(data) != info.CRC:
+            raise zipfile.BadZipFile(name)
+        return data
 
     def _spend(self, size: int) -> None:
         self.left -= size
         if self.left < 0:
             raise UserError(self.path, f"unfolds to more than {4 * len(self.content)} bytes")
+
+    def _operate(self) -> None:
+        self.operations += 1
+        if self.operations > MAX_OPERATIONS:
+            what = f"has more than {MAX_OPERATIONS} pickle operations"
+            raise UserError(self.path, what, "no checkpoint needs so many")
 
     # The machine. A stack, marks in it, and a memo: see pickletools for what each operation does.
 
@@ -228,10 +264,7 @@ class _Reader:
             return items
 
         for opcode, argument, _ in pickletools.genops(file):
-            self.operations += 1
-            if self.operations > MAX_OPERATIONS:
-                what = f"has more than {MAX_OPERATIONS} pickle operations"
-                raise UserError(self.path, what, "no checkpoint needs so many")
+            self._operate()
             match opcode.name:
                 case (
                     "INT" | "BININT" | "BININT1" | "BININT2" | "LONG" | "LONG1" | "LONG4"
@@ -392,24 +425,47 @@ class _Reader:
                 raise UserError(f"{self.path}: {name:.100}", "holds other things than numbers")
             self._spend(4 * item.value.size)
             return item.value
+        numbers, kind = self._span(item), item.storage.dtype
+        strides = [stride * kind.itemsize for stride in item.stride]
+        numbers = np.lib.stride_tricks.as_strided(numbers, item.shape, strides)
+        if kind == STORAGES["torch.BFloat16Storage"]:
+            return (numbers.astype("<u4") << 16).view("<f4")
+        return numbers
+
+    def unfolded(self, item: Any) -> Any:
+        """A copy without anything shared: see `read_all`."""
+        self._operate()
+        if isinstance(item, dict):
+            return {key: self.unfolded(inner) for key, inner in item.items()
+                    if isinstance(key, str | int)}  # fmt: skip
+        if isinstance(item, list | tuple):
+            return type(item)([self.unfolded(inner) for inner in item])
+        if isinstance(item, _Tensor):
+            return self._tensor(item)
+        return item if isinstance(item, bool | int | float | str) else None
+
+    def _tensor(self, item: _Tensor) -> Tensor:
+        numbers = torch.from_numpy(self._span(item).copy())
+        if item.storage.dtype == STORAGES["torch.BFloat16Storage"]:
+            numbers = numbers.view(torch.bfloat16)
+        return numbers.as_strided(item.shape, item.stride)
+
+    def _span(self, item: _Tensor) -> np.ndarray:
+        """A view of the numbers of a tensor, with what lies between them in its storage."""
         storage = item.storage
         if storage.key not in self.storages:
             member = self._member(f"data/{storage.key}")
             self.storages[storage.key] = np.frombuffer(member, storage.dtype)
         numbers = self.storages[storage.key][_whole(storage.start) :][: _whole(storage.count)]
-        last = _whole(item.offset)
-        for side, stride in zip(item.shape, item.stride, strict=True):
-            last += max(0, _whole(side) - 1) * _whole(stride)
         # Strides of 0 could show a few numbers as an endless array.
-        count = _count(item.shape)
+        count, begin = _count(item.shape), _whole(item.offset)
+        last = begin
+        for side, stride in zip(item.shape, item.stride, strict=True):
+            last += max(0, side - 1) * _whole(stride)
         if count > len(numbers) or (count and last >= len(numbers)):
             raise ValueError(item.shape)
-        self._spend(4 * count)
-        numbers = np.lib.stride_tricks.as_strided(
-            numbers[item.offset :], item.shape, [n * storage.dtype.itemsize for n in item.stride]
-        )
-        if storage.dtype == STORAGES["torch.BFloat16Storage"]:
-            return (numbers.astype("<u4") << 16).view("<f4")
+        numbers = numbers[begin : last + 1] if count else numbers[:0]
+        self._spend(max(4, storage.dtype.itemsize) * len(numbers))
         return numbers
 
 
@@ -423,7 +479,8 @@ def _extend(target: Any, items: list[Any]) -> None:
 def _updated(target: Any, keys: list[Any], items: list[Any]) -> Any:
     if isinstance(target, dict):
         for key, item in zip(keys, items, strict=True):
-            target[key if isinstance(key, str) else object()] = item
+            known = isinstance(key, str) or (type(key) is int and 0 <= key < MAX_KEY)
+            target[key if known else object()] = item
     elif not isinstance(target, _Inert):
         raise TypeError(type(target))
     return target
