@@ -1,6 +1,6 @@
 """Whole networks against recorded runs of mmdetection 3.3, inference and training steps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,16 @@ def test_every_recorded_map_proposals_and_detections(shared: Path, network: Netw
     assert same_boxes(ours.numpy(), arrays["dets"], 5e-3) == 1
     if model.mask_head is not None:
         check_masks(network, features, found)
+
+    # Of an image that was enlarged, each axis by its own factor: the same in its own pixels.
+    original, scale = (150, 186), (250 / 150, 310 / 186)
+    target = replace(batch.targets[0], size=original)
+    small = model.predict(replace(batch, targets=[target], scales=[scale]))[0]
+    enlarged = small.boxes * torch.tensor([scale[1], scale[0]]).repeat(2)
+    ours = torch.cat([enlarged, small.scores[:, None], small.labels[:, None]], 1)
+    assert len(ours) == len(arrays["dets"])
+    assert same_boxes(ours.numpy(), arrays["dets"], 5e-3) == 1
+    assert small.masks is None or small.masks.shape == (len(ours), *original)
 
 
 def check_masks(network: Network, features: dict[str, Tensor], found: Any) -> None:
