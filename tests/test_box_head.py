@@ -13,6 +13,7 @@ from golden import load_param_module
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torchvision.ops import roi_align
 
 from dcdet import boxes as box_ops
 from dcdet import build_model, load_config
@@ -24,6 +25,7 @@ from dcdet.ops import reference
 
 STRIDES = [4, 8, 16, 32]
 NAMES = ["p2", "p3", "p4", "p5"]
+ALIGN = ["align", "deformable_align", "modulated_align"]
 PLUS_ONE = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0])
 SPEC = SampleSpec(8, 0.25, True)
 
@@ -37,6 +39,7 @@ def make(
         "trans_std": 0.1, "samples_per_part": 4, "hidden_channels": 6, "init_std": 0.1,
         "foreground_iou": 0.5, "background_iou": (0.0, 0.5), "samples": None,
         "hard_examples": None, "box_std": [0.1, 0.1, 0.2, 0.2], "ignore_coverage": None,
+        "offset_channels": 5,
     }  # fmt: skip
     return BoxHead(channels, strides, 3, pooling=pooling, **options | changes)
 
@@ -165,7 +168,7 @@ def test_deformable_pooling_begins_without_offsets() -> None:
     torch.testing.assert_close(pool(head, features, rois), twin(trans), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", ["max", "deformable"])
+@pytest.mark.parametrize("pooling", ["max", "deformable", *ALIGN])
 @pytest.mark.parametrize("sides", [[], [20.0], [300.0, 500.0]])
 def test_every_parameter_gets_a_gradient(pooling: str, sides: list[float]) -> None:
     """Also those of levels without RoIs: processes wait for each other's gradients."""
@@ -187,23 +190,28 @@ def test_every_parameter_gets_a_gradient(pooling: str, sides: list[float]) -> No
     assert all(x.grad is not None for x in features.values())
 
 
-def test_losses_use_the_deltas_of_the_label() -> None:
-    head = make(2, samples=SPEC)
+@pytest.mark.parametrize("average", ["image", "batch"])
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_losses_use_the_deltas_of_the_label(average: str, beta: float) -> None:
+    """One RoI after the other; MMDET.md, 9, for a mean over the batch and a beta of 0."""
+    head = make(2, samples=SPEC, average=average, box_beta=beta)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 4, generator=generator)
     deltas = torch.randn(6, 4, 4, generator=generator) * 2
     labels = torch.tensor([2, 0, 1, 3, 0, 0])
     rois = random_rois([20.0] * 6)
+    rois[:, 0] = torch.tensor([0, 0, 0, 1, 0, 1])
     goal = torch.randn(6, 4, generator=generator)
     samples = RoISamples(rois, labels, goal, torch.zeros_like(labels))
     found, stats = head.losses(RoIOutput(logits, deltas), samples, 2)
     score, box = 0.0, 0.0
     for image in (0, 1):
         mine = [roi for roi in range(6) if rois[roi, 0] == image]
-        score += sum(-logits[roi].log_softmax(0)[labels[roi]].item() for roi in mine) / len(mine)
+        number, wanted = (len(mine), SPEC.number) if average == "image" else (3, 3)  # of 6, / 2
+        score += sum(-logits[roi].log_softmax(0)[labels[roi]].item() for roi in mine) / number
         for roi in mine:
             for value in (deltas[roi, labels[roi]] - goal[roi]).tolist() if labels[roi] else ():
-                box += (abs(value) - 0.5 if abs(value) >= 1 else value**2 / 2) / SPEC.number
+                box += (abs(value) - beta / 2 if abs(value) >= beta else value**2 / 2) / wanted
     assert found["roi_score"].item() == pytest.approx(score / 2, rel=1e-5)
     assert found["roi_box"].item() == pytest.approx(box / 2, rel=1e-5)
     assert stats["foreground_rois"] == 1.5
@@ -220,6 +228,95 @@ def test_each_class_has_its_own_box() -> None:
     for label in range(3):
         wanted = box_ops.decode(rois[:, 1:], deltas[:, 1 + label] * std)
         torch.testing.assert_close(boxes[:, label], wanted)
+
+
+@pytest.mark.parametrize("limit", ["none", "high", "both"])
+def test_boxes_of_large_deltas_are_bounded(limit: Any) -> None:
+    """The bound counts after the multiplication by box_std (MMDET.md, 6)."""
+    head = make(2, delta_limit=limit)
+    deltas = torch.tensor([[0.0, 0.0, 25.0, -25.0]]).expand(1, 4, 4)  # e^5 and e^-5
+    rois = torch.tensor([[0, 500.0, 500, 516, 532]])
+    [[box, *_]] = head.scores_and_boxes(RoIOutput(torch.zeros(1, 4), deltas), rois)[1].tolist()
+    wide = 16 * (np.exp(5) if limit == "none" else 62.5)
+    high = 32 * (1 / 62.5 if limit == "both" else np.exp(-5))
+    assert [box[2] - box[0], box[3] - box[1]] == pytest.approx([wide, high], abs=1e-3)
+
+
+# RoIAlign, plain, deformable and modulated, as in mmdetection's DCN configs.
+
+
+def make_align(pooling: str, **changes: Any) -> BoxHead:
+    """A head whose offsets and factors are not those of the beginning."""
+    options = {"pooled_size": 3, "samples_per_part": 0}
+    head = make(2, pooling, STRIDES[:2], **options | changes)
+    for name, layer in head.named_modules():
+        if isinstance(layer, torch.nn.Linear) and name.startswith(("offset", "modulation")):
+            torch.nn.init.normal_(layer.weight, std=0.5)
+            torch.nn.init.normal_(layer.bias)
+    return head
+
+
+def shifts_and_factors(
+    head: BoxHead, features: dict[str, Tensor], roi: Tensor, name: str
+) -> tuple[Tensor, Tensor | None]:
+    """What the layers of a level say about one RoI (5,), by torchvision's RoIAlign."""
+    scale = 1 / STRIDES[NAMES.index(name)]
+    x = roi_align(features[name], roi[None], 3, scale, 0, aligned=True).flatten(1)
+    shifts = head.offset[name](x).view(1, 2, 3, 3)
+    if "modulation" not in dict(head.named_children()):
+        return shifts, None
+    return shifts, head.modulation[name](x).sigmoid().view(1, 1, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "aligned", "samples"),
+    [("align", True, 0), ("align", False, 2), *((kind, True, 0) for kind in ALIGN[1:])],
+)
+def test_pooling_on_roi_aligns_geometry(pooling: str, aligned: bool, samples: int) -> None:
+    """RoI by RoI."""
+    head = make_align(pooling, aligned=aligned, samples_per_part=samples)
+    features, rois = random_features(2, NAMES[:2]), random_rois([30, 20, 130, 7])
+    pooled = pool(head, features, rois)
+    for roi, level, found in zip(rois, pyramid_levels(rois, head.strides), pooled, strict=True):
+        name = NAMES[level]
+        geometry = ((3, 3), 1 / STRIDES[level], samples)
+        if pooling == "align":
+            wanted = roi_align(features[name], roi[None], *geometry, aligned)
+        else:
+            shifts, factors = shifts_and_factors(head, features, roi, name)
+            wanted = reference.deform_roi_pool(
+                features[name], roi[None], shifts, *geometry, 0.1, mask=factors
+            )
+        torch.testing.assert_close(found[None], wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ALIGN[1:])
+def test_parts_are_the_moved_bins(pooling: str) -> None:
+    head = make_align(pooling)
+    features, rois = random_features(2, NAMES[:2]), random_rois([30, 20, 130, 400, 7])
+    parts = head.parts(features, rois, torch.zeros(5).long())
+    assert parts.shape == (5, 3, 3, 4)
+    for roi, level, found in zip(rois, pyramid_levels(rois, head.strides), parts, strict=True):
+        shifts, _ = shifts_and_factors(head, features, roi, NAMES[level])
+        x1, y1, x2, y2 = roi[1:].tolist()
+        wide, high = (x2 - x1) / 3, (y2 - y1) / 3
+        for row in range(3):
+            for column in range(3):
+                x = x1 + column * wide + 0.1 * (x2 - x1) * shifts[0, 0, row, column].item()
+                y = y1 + row * high + 0.1 * (y2 - y1) * shifts[0, 1, row, column].item()
+                wanted = [x, y, x + wide, y + high]
+                assert found[row, column].tolist() == pytest.approx(wanted, abs=1e-3)
+    assert head.parts(features, rois[:0], torch.zeros(0).long()).shape == (0, 3, 3, 4)
+
+
+def test_new_align_heads_begin_without_offsets() -> None:
+    features, rois = random_features(2, NAMES[:2]), random_rois([30, 20, 130, 400, 7])
+    plain, moved, halved = (
+        pool(make(2, pooling, STRIDES[:2], pooled_size=3, samples_per_part=0), features, rois)
+        for pooling in ALIGN
+    )
+    torch.testing.assert_close(moved, plain)
+    torch.testing.assert_close(halved, plain / 2)  # sigmoid(0)
 
 
 @pytest.mark.parametrize("pooling", ["max", "deformable"])
@@ -255,3 +352,20 @@ def test_mistakes_are_named(override: str, message: str) -> None:
     path = ROOT / "configs" / "small" / "faster_rcnn_r18_voc.yaml"
     with pytest.raises(UserError, match=message):
         build_model(load_config(path, [f"model.roi_head.{override}"]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("box_beta", -1.0, "at least 0"),
+        ("claim_iou", 1.5, r"in \[0, 1\]"),
+        ("samples_per_part", -1, "at least 0"),
+        ("delta_init_std", 0.0, "positive, or null"),
+        ("offset_channels", 0, "at least 1"),
+    ],
+)
+def test_values_out_of_range_are_named(key: str, value: float, wanted: str) -> None:
+    with pytest.raises(ValueError, match=f"^{key}: must be {wanted}"):
+        make(2, "align", **{key: value})
+    with pytest.raises(ValueError, match=r"^samples_per_part: must be at least 1"):
+        make(2, "deformable", samples_per_part=0)

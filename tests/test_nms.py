@@ -6,6 +6,7 @@ import numpy as np
 import op_cases
 import pytest
 import torch
+import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -110,6 +111,43 @@ def test_ties_keep_their_order() -> None:
     boxes = torch.arange(200.0)[:, None] * 10 + torch.tensor([0.0, 0, 5, 5])
     assert nms(boxes, torch.full((200,), 0.5), 0.5).tolist() == list(range(200))
     assert nms(boxes[:1].repeat(50, 1), torch.ones(50), 0.5).tolist() == [0]
+
+
+def pairs_on_the_threshold(number: int) -> Tensor:
+    """Boxes in pairs one after the other, whose IoU is 0.5 but for rounding, in 1333 x 800 pixels.
+
+    A box is its neighbour moved by a third of the width.
+    """
+    generator = torch.Generator().manual_seed(0)
+    corner, size = torch.rand(2, number, 2, generator=generator) * torch.tensor([1200.0, 700.0])
+    one = torch.cat([corner, corner + 8 + size / 8], 1)
+    step = (one[:, 2] - one[:, 0]) / 3
+    other = one + torch.stack([step, 0 * step, step, 0 * step], 1)
+    return torch.stack([one, other], 1).view(-1, 4)
+
+
+def test_shifted_labels_round_as_torchvision_and_mmdetection_round_them() -> None:
+    """MMDET.md, 9: label * (largest coordinate + 1) is added in float32."""
+    boxes = pairs_on_the_threshold(400)
+    scores = torch.rand(800, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(400).repeat_interleave(2) % 80
+    results = {
+        shift: way(boxes, scores, labels, 0.5)
+        for shift, way in (
+            (False, torchvision.ops.boxes._batched_nms_vanilla),
+            (True, torchvision.ops.boxes._batched_nms_coordinate_trick),
+        )
+    }
+    assert results[False].tolist() != results[True].tolist()
+    for shift, wanted in results.items():
+        kept = batched_nms(boxes, scores, labels, 0.5, shift=shift)
+        assert kept.tolist() == wanted.tolist()
+    # Bad rows change nothing for the others; they do not count as the largest coordinate either.
+    bad = torch.tensor([[0.0, 0, torch.inf, 5], [torch.nan, 0, 1, 1]])
+    kept = batched_nms(torch.cat([boxes, bad]), torch.cat([scores, torch.ones(2)]),
+                       torch.cat([labels, labels[:2]]), 0.5, shift=True)  # fmt: skip
+    assert kept.tolist() == results[True].tolist()
+    assert batched_nms(boxes[:0], scores[:0], labels[:0], 0.5, shift=True).shape == (0,)
 
 
 def test_no_boxes() -> None:

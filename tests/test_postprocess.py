@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 from golden import load
+from test_nms import pairs_on_the_threshold
 from torch import Tensor
 
 from dcdet import boxes as box_ops
 from dcdet.models.postprocess import PostprocessSpec, SoftNMSSpec, select
+from dcdet.ops import batched_nms
 
 SIGMA = 0.6  # the release's SOFTNMS_THRESH
 
@@ -84,6 +86,37 @@ def test_soft_nms_takes_the_place_of_the_hard_one() -> None:
 
 
 @pytest.mark.parametrize("soft", [None, SoftNMSSpec("gaussian")])
+@pytest.mark.parametrize("classes", [1, 2])
+def test_small_boxes_are_dropped_before_they_suppress(
+    soft: SoftNMSSpec | None, classes: int
+) -> None:
+    """The best of three alike is 1.9 pixels wide; a box of the least size stays."""
+    boxes = torch.tensor([[0.1, 0, 2, 9], [0, 0, 2, 9], [0, 0, 2, 9], [50, 50, 90, 51.9]])
+    boxes = boxes if classes == 1 else boxes[:, None].expand(4, 2, 4)
+    scores = torch.tensor([[0.9], [0.8], [0.7], [0.6]]).expand(4, classes)
+    found, kept, labels = select(boxes, scores, PostprocessSpec(0.1, 0.3, 9, soft, min_size=2.0))
+    number = 1 if soft is None else 2
+    assert sorted(labels.tolist()) == sorted([*range(classes)] * number)
+    assert found.tolist() == [[0, 0, 2, 9]] * number * classes
+    assert kept[:classes].tolist() == pytest.approx([0.8] * classes)
+    every = select(boxes, scores, PostprocessSpec(0.1, 0.3, 9))[1]
+    assert every.tolist() == pytest.approx([0.9] * classes + [0.6] * classes)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_classes_are_shifted_where_asked(shift: bool) -> None:
+    boxes = pairs_on_the_threshold(80)
+    scores = torch.zeros(160, 80)
+    label = torch.arange(80).repeat_interleave(2)
+    scores[torch.arange(160), label] = torch.linspace(0.9, 0.1, 160)
+    found, _, labels = select(boxes, scores, PostprocessSpec(0.01, 0.5, 999, shift=shift))
+    kept = batched_nms(boxes, scores.amax(1), label, 0.5, shift=shift)
+    assert torch.equal(found, boxes[kept])
+    assert torch.equal(labels, label[kept])
+    assert len(kept) != len(batched_nms(boxes, scores.amax(1), label, 0.5, shift=not shift))
+
+
+@pytest.mark.parametrize("soft", [None, SoftNMSSpec("gaussian")])
 def test_nothing_to_choose_from(soft: SoftNMSSpec | None) -> None:
     spec = PostprocessSpec(0.5, 0.3, 10, soft)
     for boxes in (torch.zeros(0, 4), torch.zeros(0, 3, 4), torch.zeros(5, 4)):
@@ -101,3 +134,5 @@ def test_nothing_to_choose_from(soft: SoftNMSSpec | None) -> None:
 def test_values_out_of_range(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SoftNMSSpec(**values)
+    with pytest.raises(ValueError, match=r"^min_size: must be at least 0"):
+        PostprocessSpec(0.1, 0.3, 9, min_size=-1.0)
