@@ -17,8 +17,9 @@ from dcdet.errors import UserError, require
 class WarmupSpec:
     """Updates before number `steps` use `factor` times the learning rate, held or rising.
 
-    `shape` "constant" holds it; "linear" rises from there, the first update being one step up, as
-    in detectron2; "closed" rises from the first update on, as in mmdetection.
+    `shape` "constant" holds it; "linear" rises from there, the first update being one step up;
+    "closed" rises from the first update on, as in mmdetection, and, where `steps` is one more than
+    they say, in torchvision and detectron2.
     """
 
     steps: int
