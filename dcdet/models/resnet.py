@@ -128,8 +128,8 @@ class EvalBatchNorm(FrozenBatchNorm):
     def __init__(self, channels: int) -> None:
         super().__init__(channels)
         for name in ("weight", "bias"):
-            value = self._buffers.pop(name)
-            assert value is not None
+            value = self.get_buffer(name)
+            delattr(self, name)
             self.register_parameter(name, nn.Parameter(value))
 
 
