@@ -219,6 +219,31 @@ def test_a_full_disk_is_said_and_keeps_the_old_file(saved: Path) -> None:
     assert MachineError.exit_code == 4
 
 
+def test_torchvisions_hub_has_two_sets_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most detectors' are the first (MMDET.md, 3: resnet50-0676ba61.pth); nothing is downloaded."""
+    from torchvision.models import _api, resnet50
+
+    from dcdet.models.resnet import DeformSpec, ResNet
+
+    with torch.device("meta"):
+        names = resnet50().state_dict()
+    published, asked = {}, []
+
+    def hub(url: str, **_options: object) -> dict[str, torch.Tensor]:
+        asked.append(url.rpartition("/")[2])
+        published.update({name: torch.full(x.shape, len(asked)) for name, x in names.items()})
+        return published
+
+    monkeypatch.setattr(_api, "load_state_dict_from_url", hub)
+    spec = DeformSpec({"c5": [0]}, 1, True, "zero", None)
+    backbone = ResNet(50, "3x3", "eval_bn", "pad", False, 2, spec, None)
+    for source in ("torchvision", "torchvision_v1"):
+        checkpoint.load_pretrained(backbone, source)
+        for name, value in backbone.state_dict().items():
+            assert (value == (0 if ".offset." in name else len(asked))).all(), name
+    assert asked == ["resnet50-11ad3fa6.pth", "resnet50-0676ba61.pth"]
+
+
 def test_torchvision_weights_fit_our_backbone(tmp_path: Path) -> None:
     from torchvision.models import resnet18
 

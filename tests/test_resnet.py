@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import nn
 
-from dcdet.models.resnet import BatchNorm, DeformConv2d, DeformSpec, FrozenBatchNorm, ResNet
+from dcdet.models.resnet import (
+    BatchNorm,
+    DeformConv2d,
+    DeformSpec,
+    EvalBatchNorm,
+    FrozenBatchNorm,
+    ResNet,
+)
 
 
 def make(depth: int = 18, **changes: Any) -> ResNet:
@@ -72,6 +79,36 @@ def test_frozen_norm_has_no_parameters_and_equals_batch_norm_at_test_time() -> N
     assert not list(frozen.parameters())
     x = torch.randn(2, 4, 5, 6)
     torch.testing.assert_close(frozen(x), plain(x))
+
+
+def test_eval_norm_learns_its_weights_but_not_its_statistics() -> None:
+    """As torch's layer in eval() mode, whose gradients it has; its names are the frozen one's."""
+    ours, theirs = EvalBatchNorm(4).train(), nn.BatchNorm2d(4).eval()
+    for value in (theirs.weight, theirs.bias, theirs.running_mean):
+        nn.init.normal_(value)
+    nn.init.uniform_(theirs.running_var, 0.5, 2)
+    assert ours.state_dict().keys() == FrozenBatchNorm(4).state_dict().keys()
+    ours.load_state_dict(theirs.state_dict(), strict=False)
+    before = {name: value.clone() for name, value in ours.named_buffers()}
+    assert before.keys() == {"running_mean", "running_var"}
+    x = torch.randn(2, 4, 5, 6)
+    grads = []
+    for layer in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        output = layer(leaf)
+        output.square().sum().backward()
+        grads.append((output, leaf.grad, layer.weight.grad, layer.bias.grad))
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
+    assert all(torch.equal(value, before[name]) for name, value in ours.named_buffers())
+
+
+def test_a_network_of_eval_norms_trains_all_but_the_frozen_ones() -> None:
+    net = make(norm="eval_bn", freeze_to=2).train()
+    learning = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    assert {"layer2.0.bn1.weight", "layer4.1.bn2.bias", "layer3.0.downsample.1.weight"} <= learning
+    assert not any(name.startswith(("conv1", "bn1", "layer1")) for name in learning)
+    assert net.state_dict().keys() == make().state_dict().keys()
 
 
 @pytest.mark.parametrize(("modulated", "factor"), [(False, 1.0), (True, 0.5)])

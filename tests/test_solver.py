@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
+from dcdet import load_config
 from dcdet.engine.solver import (
     SolverSection,
     WarmupSpec,
@@ -17,6 +19,7 @@ from dcdet.engine.solver import (
     set_learning_rate,
 )
 from dcdet.errors import UserError
+from dcdet.registry import check
 
 
 def section(**changes: object) -> SolverSection:
@@ -45,6 +48,30 @@ def test_linear_warmup_rises_to_the_base_rate() -> None:
     warmup = WarmupSpec(10, 0.1, "linear")
     rates = [learning_rate(n, 1.0, warmup, [], 0.1) for n in range(1, 12)]
     assert rates == pytest.approx([0.19, 0.28, 0.37, 0.46, 0.55, 0.64, 0.73, 0.82, 0.91, 1, 1])
+
+
+def test_closed_warmup_is_mmdetections() -> None:
+    """MMDET.md, 11: lr(i) = 0.02 * (0.001 + 0.999 * i / 499) for i = 0..499, then 0.02."""
+    warmup = WarmupSpec(500, 0.001, "closed")
+    rates = [learning_rate(n, 0.02, warmup, [], 0.1) for n in range(1, 510)]
+    wanted = [0.02 * (0.001 + 0.999 * min(i, 499) / 499) for i in range(509)]
+    assert rates == pytest.approx(wanted, rel=1e-12)
+    for steps in (0, 1):
+        assert learning_rate(1, 0.02, WarmupSpec(steps, 0.1, "closed"), [], 0.1) == 0.02
+
+
+@pytest.mark.parametrize("config", ["torchvision", "detectron2"])
+def test_closed_warmup_with_one_more_step_is_torchvisions_and_detectron2s(config: str) -> None:
+    """factor + (1 - factor) * i / 1000 for the steps i = 0..1000, as torch's LinearLR."""
+    path = ROOT / "configs" / config / "faster_rcnn_r50_fpn_coco.yaml"
+    solver = check(load_config(path)).solver
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=solver.lr)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1e-3, total_iters=1000)
+    for update in range(1, 1010):
+        ours = learning_rate(update, solver.lr, solver.warmup, [], 0.1)
+        assert ours == pytest.approx(schedule.get_last_lr()[0], rel=1e-9), update
+        optimizer.step()
+        schedule.step()
 
 
 def test_milestones_are_cut_as_in_the_release() -> None:
@@ -102,6 +129,26 @@ def test_momentum_keeps_the_rate_it_was_gathered_with() -> None:
         optimizer.step()
         weight += momentum
         assert model.weight.item() == pytest.approx(weight, rel=1e-5)
+
+
+def test_momentum_may_take_the_new_rate_as_torchs() -> None:
+    """m = 0.9 m + g + decay w; w = w - lr m, with a rate that changes half-way."""
+    rates = [0.1] * 3 + [0.01] * 3
+    solver = section(gradient="mean", rescale_momentum=False, weight_decay=0.01)
+    models = [nn.Linear(1, 1, bias=False) for _ in range(3)]
+    for model in models:
+        nn.init.constant_(model.weight, 1.0)
+    ours, rescaled = (build_optimizer(model, solver) for model in models[:2])
+    torchs = torch.optim.SGD(models[2].parameters(), lr=1.0, momentum=0.9, weight_decay=0.01)
+    for rate in rates:
+        set_learning_rate(ours, rate, solver.rescale_momentum)
+        set_learning_rate(rescaled, rate)
+        torchs.param_groups[0]["lr"] = rate
+        for model, optimizer in zip(models, (ours, rescaled, torchs), strict=True):
+            model.weight.grad = 2 * model.weight.detach()
+            optimizer.step()
+    assert torch.equal(models[0].weight, models[2].weight)
+    assert (models[1].weight - models[2].weight).abs() > 0.1
 
 
 @pytest.mark.parametrize(
