@@ -140,6 +140,12 @@ def test_masks(tmp_path: Path) -> None:
     assert code == 1
     assert "  1 x polygon with a non-finite or huge outline:" in lines
     assert sum("annotations[1] (id 1): segmentation: polygon with a non-" in x for x in lines) == 1
+    mask_rcnn = CONFIG.parent.parent / "quickstart" / "mask_rcnn_r18_shapes.yaml"
+    sets = [f"data.{part}={{type: COCO, root: {tmp_path}, image_set: train}}"
+            for part in ("train", "test")]  # fmt: skip
+    lines = []
+    assert check(load_config(mask_rcnn, ["model.num_classes=3", *sets]), lines.append) == 2
+    assert lines.count("  no instance masks, which model.mask_head learns from") == 1
 
 
 def run_coco(root: Path, *more: str) -> tuple[int, list[str]]:

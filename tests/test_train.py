@@ -279,6 +279,16 @@ def test_wrong_number_of_classes_is_found_before_training(
         train(load_config(QUICKSTART, [*shapes, "model.num_classes=3"]), tmp_path)
 
 
+def test_masks_that_are_missing_are_missed_before_training(
+    shapes: list[str], tmp_path: Path
+) -> None:
+    sets = [override for override in shapes if override.startswith("data.t")]
+    config = load_config(QUICKSTART.with_name("mask_rcnn_r18_shapes.yaml"), sets)
+    with pytest.raises(UserError, match="delivers no instance masks"):
+        train(config, tmp_path)
+    assert not (tmp_path / "config.yaml").exists()
+
+
 def test_a_killed_process_ends_the_others(shapes: list[str], tmp_path: Path) -> None:
     overrides = [*shapes, "solver.epochs=1000", "solver.checkpoint_every=1000"]
     log = tmp_path / "log"

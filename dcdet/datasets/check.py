@@ -10,7 +10,7 @@ import numpy as np
 
 from dcdet.config import Config
 from dcdet.datasets.loader import DataSection, DetectionDataset, Reader, View, test_loader
-from dcdet.datasets.records import DataError, Problem
+from dcdet.datasets.records import DataError, Problem, have_masks
 from dcdet.errors import UserError
 from dcdet.registry import build
 from dcdet.registry import check as check_config
@@ -60,6 +60,10 @@ def _check_part(
     if len(reader.classes) != config.model.num_classes:
         where = config.where("model.num_classes")
         write(f"  {where}: {config.model.num_classes}, wanted {len(reader.classes)}")
+        codes.append(2)
+    learns_masks = part == "train" and config.model.get("mask_head") is not None
+    if learns_masks and not have_masks(reader.records):
+        write("  no instance masks, which model.mask_head learns from")
         codes.append(2)
     bad, limit = _read_images(reader, section, views, write)
     _write_problems([Problem(path, reason, "bad image") for path, reason in bad.items()], write)

@@ -174,6 +174,11 @@ def path_inside(folder: str, name: str) -> str | None:
     return path
 
 
+def have_masks(records: Iterable[Record]) -> bool:
+    """Whether a data set has instance masks."""
+    return any(record.truth.masks is not None for record in records)
+
+
 def mask_array(masks: list[bytes]) -> np.ndarray:
     """Compressed run lengths as one array of letters, parted by spaces.
 

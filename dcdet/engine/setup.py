@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dcdet.datasets.records import have_masks
 from dcdet.errors import UserError
 from dcdet.registry import build
 
@@ -14,7 +15,8 @@ FREE_ON_RESUME = (
 
 
 def build_reader(config: Any, part: str) -> Any:
-    """The reader of `data.train` or `data.test`; its classes must be as many as the model's.
+    """The reader of `data.train` or `data.test`; its classes must be as many as the model's, and a
+    mask head needs masks to learn from.
 
     Raises UserError.
     """
@@ -28,6 +30,13 @@ def build_reader(config: Any, part: str) -> Any:
             + ", ".join(reader.classes[:8]) + (", ..." if len(reader.classes) > 8 else ""),
             f"set model.num_classes={len(reader.classes)}, or list the classes in data.classes",
         )  # fmt: skip
+    masked = config.model.get("mask_head") is not None
+    if part == "train" and masked and not have_masks(reader.records):
+        raise UserError(
+            config.where("data.train"),
+            "delivers no instance masks, which model.mask_head learns from",
+            "add masks: true, where the data set has them, or set model.mask_head to null",
+        )
     return reader
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pycocotools.mask import area as mask_area
 
-from dcdet.datasets.records import Record
+from dcdet.datasets.records import Record, have_masks
 from dcdet.errors import UserError
 from dcdet.evaluators.results import Evaluator, Found, Json, Reader, segmentations, xywh
 from dcdet.structures import Detections
@@ -46,7 +46,7 @@ class COCOEvaluator(Evaluator):
             raise ValueError("backend: faster-coco-eval is not installed: pip install it, or auto")
         self.max_dets = max_dets
         self.fast = installed and backend != "pycocotools"
-        self.masks = any(record.truth.masks is not None for record in reader.records)
+        self.masks = have_masks(reader.records)
 
     def update(self, detections: Detections) -> None:
         """As any evaluator's; UserError where the data set has masks and the detections none."""
