@@ -502,20 +502,25 @@ OVERRIDES = [
 ]  # fmt: skip
 
 
-def small(name: str) -> Any:
-    torch.manual_seed(0)
-    return load_config(ROOT / "configs" / "small" / f"{name}_dcn_r18_voc.yaml", OVERRIDES)
+def small(name: str, pooling: str) -> tuple[str, list[str]]:
+    """A config and its overrides."""
+    path = str(ROOT / "configs" / "small" / f"{name}_dcn_r18_voc.yaml")
+    return path, [*OVERRIDES, f"model.roi_head.pooling={pooling}", "model.roi_head.pooled_size=3"]
 
 
-def test_parts_of_a_pyramid_come_from_each_rois_level() -> None:
+@pytest.mark.parametrize("pooling", ["deformable", "modulated_align"])
+def test_parts_of_a_pyramid_come_from_each_rois_level(pooling: str) -> None:
     """Each level's layer gives its own shifts; boxes of four sizes go to four levels."""
-    model = build_model(small("fpn")).eval()
+    torch.manual_seed(0)
+    model = build_model(load_config(*small("fpn", pooling))).eval()
     head = model.roi_head
     size, std = head.pooled_size, head.trans_std
     trans = torch.randn(4, 2, size, size)
     with torch.no_grad():
         for level, name in enumerate(head.in_features):
-            head.offset[name].bias.copy_(trans[level].flatten())
+            layer = head.offset[name]
+            last = layer[-1] if isinstance(layer, nn.Sequential) else layer
+            last.bias.copy_(trans[level].flatten())
     boxes = [[8.0, 8.0, 488.0, 468.0], [8.0, 16.0, 48.0, 46.0], [0.0, 0.0, 256.0, 256.0],
              [10.0, 20.0, 150.0, 150.0]]  # fmt: skip
     parts = roi_parts(model, batch_of(512, 512, 1.0), found_in(boxes, [0, 1, 2, 0]))
@@ -527,14 +532,20 @@ def test_parts_of_a_pyramid_come_from_each_rois_level() -> None:
     assert roi_parts(model, batch_of(64, 64, 1.0), found_in([], [])).shape == (0, size, size, 4)
 
 
-@pytest.mark.parametrize("name", ["faster_rcnn", "fpn"])
-def test_other_systems_are_drawn(name: str, trained: dict[str, str], tmp_path: Path) -> None:
-    config = small(name)
+@pytest.mark.parametrize(
+    ("name", "pooling"),
+    [("faster_rcnn", "deformable"), ("fpn", "modulated_align")],
+)
+def test_other_systems_are_drawn(
+    name: str, pooling: str, trained: dict[str, str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    path, overrides = small(name, pooling)
+    config = load_config(path, overrides)
     save(tmp_path / "weights.pth", {"model": build_model(config).state_dict()})
     words = [
-        "offsets", str(ROOT / "configs" / "small" / f"{name}_dcn_r18_voc.yaml"), *OVERRIDES,
-        "--weights", str(tmp_path / "weights.pth"), trained["photo.jpg"],
-        "--output", str(tmp_path / "out"), "--score-threshold", "0.1",
+        "offsets", path, *overrides, "--weights", str(tmp_path / "weights.pth"),
+        trained["photo.jpg"], "--output", str(tmp_path / "out"), "--score-threshold", "0.1",
     ]  # fmt: skip
     assert cli.main(words) == 0
     report = read(tmp_path / "out" / "photo-offsets.json")
