@@ -1,16 +1,19 @@
 """The house keeps to its budget, and siblings among the configs differ only in what they say."""
 
+import re
 import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT
 
 from dcdet import build_model, load_config
 from dcdet.datasets.loader import DetectionDataset, train_loader
 from dcdet.engine.setup import build_reader
+from dcdet.engine.solver import build_optimizer
 from dcdet.registry import check
 
 LINES, FILES = 500, 15
@@ -89,12 +92,75 @@ def test_plain_and_deformable_siblings_differ_only_in_deformation() -> None:
     pairs = 0
     for path in (ROOT / "configs").glob("*/*_dcn_*.yaml"):
         found = siblings(path, path.with_name(path.name.replace("_dcn", "")))
-        if path.name.startswith("rfcn"):
+        if path.name.startswith("mask_rcnn"):
+            assert found == {"model.backbone.deform"}, path.name
+        elif path.name.startswith("rfcn"):
             assert found == {"model.backbone.deform", "model.roi_head.deformable"}, path.name
         else:
             assert found == box_head | offsets, path.name
         pairs += 1
-    assert pairs >= 9
+    assert pairs >= 10
+
+
+MASKS = {"model.mask_head", "data.train.masks", "data.test.masks"}
+BLOCKS = {50: {"c3": 4, "c4": 6, "c5": 3}, 101: {"c3": 4, "c4": 23, "c5": 3}}
+
+
+def test_mmdetections_siblings_differ_only_in_what_their_names_say() -> None:
+    folder, seen = ROOT / "configs" / "dcnv2", set()
+    for path in folder.glob("*.yaml"):
+        name = re.fullmatch(
+            r"(faster|mask)_rcnn_(m?d(?:conv|pool))?_?(group4)?_?r(50|101)_fpn_coco", path.stem
+        )
+        assert name, path.name
+        kind, way, group, depth = name[1], name[2] or "", name[3], int(name[4])
+        wanted = {"model.backbone.depth"} if depth == 101 else set()
+        if kind == "mask":  # there the assigner of its RoIs lets objects claim them
+            wanted |= MASKS | {"model.roi_head.claim_iou"}
+        if way:
+            wanted.add("model.backbone.deform" if "conv" in way else "model.roi_head.pooling")
+        assert siblings(folder / "faster_rcnn_r50_fpn_coco.yaml", path) == wanted, path.name
+        model = load_config(path).plain()["model"]
+        pooling = {"dpool": "deformable_align", "mdpool": "modulated_align"}.get(way, "align")
+        assert model["roi_head"]["pooling"] == pooling
+        if "conv" in way:
+            blocks = {stage: list(range(number)) for stage, number in BLOCKS[depth].items()}
+            deform = {"blocks": blocks, "groups": 4 if group else 1, "modulated": way[0] == "m",
+                      "border": "zero", "offset_dilation": None}  # fmt: skip
+            assert model["backbone"]["deform"] == deform, path.name
+        seen.add((kind, way, group, depth))
+    assert len(seen) == 13
+
+
+@pytest.mark.parametrize(
+    ("folder", "one", "other", "wanted"),
+    [
+        ("torchvision", "faster_rcnn_r50_fpn_coco", "mask_rcnn_r50_fpn_coco", MASKS),
+        ("detectron2", "faster_rcnn_r50_fpn_coco", "mask_rcnn_r50_fpn_coco", MASKS),
+        ("detectron2", "faster_rcnn_r101_fpn_coco", "mask_rcnn_r101_fpn_coco", MASKS),
+        ("detectron2", "mask_rcnn_r50_fpn_coco", "mask_rcnn_r101_fpn_coco",
+         {"model.backbone.depth", "model.backbone.pretrained"}),
+        ("small", "fpn_r18_voc", "fpn_mimic_r18_voc", {"model.roi_head.mimicking"}),
+    ],
+)  # fmt: skip
+def test_other_siblings_differ_only_in_what_their_names_say(
+    folder: str, one: str, other: str, wanted: set[str]
+) -> None:
+    place = ROOT / "configs" / folder
+    assert siblings(place / f"{one}.yaml", place / f"{other}.yaml") == wanted
+
+
+def test_every_config_builds_and_says_how_it_is_run() -> None:
+    """Without memory for weights."""
+    paths = sorted((ROOT / "configs").glob("*/*.yaml"))
+    assert len(paths) >= 40
+    for path in paths:
+        config = load_config(path)
+        with torch.device("meta"):
+            model = build_model(config)
+        build_optimizer(model, check(config).solver)
+        run = f"# run: python tools/train.py {path.relative_to(ROOT).as_posix()}\n"
+        assert run in path.read_text(), path.name
 
 
 OTHER_DATA = {
