@@ -132,13 +132,13 @@ def cell_of(mask: Tensor, roi: list[float], row: int, column: int, size: int) ->
 
 
 def test_targets_and_losses_cell_by_cell() -> None:
-    """Two images of two and one objects; RoIs in any order, over the border, of under a pixel."""
-    masks = [blobs(2, 24, 30), blobs(1, 20, 26)]
+    """Two images of four and one objects; RoIs in any order, over the border, of under a pixel."""
+    masks = [blobs(4, 24, 30), blobs(1, 20, 26)]
     rois = torch.tensor([
         [1, 2.3, 1.1, 24.9, 18.7], [0, 0.0, 0.0, 30.0, 24.0], [0, 3.3, 2.2, 17.8, 21.4],
         [1, 0.0, 5.6, 9.4, 19.3], [0, 12.1, 12.9, 12.6, 13.2], [0, 20.2, 11.3, 30.0, 24.0],
     ])  # fmt: skip
-    labels, objects = [3, 1, 2, 1, 2, 3], [0, 1, 0, 0, 1, 1]
+    labels, objects = [3, 1, 2, 1, 2, 3], [0, 3, 0, 0, 0, 2]
     samples = samples_of(rois, labels, objects)
     batch = batch_of([target_of(one) for one in masks])
     head = make()
