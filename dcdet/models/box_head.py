@@ -16,7 +16,7 @@ from dcdet import boxes as box_ops
 from dcdet.errors import require
 from dcdet.models.init import init_layers
 from dcdet.models.mimicking import MimickingSpec
-from dcdet.models.roi_head import RoIHead, RoIOutput, inclusive, pool_by_level
+from dcdet.models.roi_head import RoIHead, RoIOutput, inclusive, pool_by_level, require_pyramid
 from dcdet.models.targets import SampleSpec
 from dcdet.ops.deform_psroi_pool import deform_psroi_pool, shifted_parts
 from dcdet.ops.deform_roi_pool import deform_roi_pool, moved_bins, roi_align
@@ -84,10 +84,7 @@ class BoxHead(RoIHead):
             foreground_iou, background_iou, samples, hard_examples, box_std, ignore_coverage,
             delta_limit, box_beta, claim_iou, average,
         )  # fmt: skip
-        require(
-            len(strides) > 0 and strides == [strides[0] << index for index in range(len(strides))],
-            "in_features", "maps whose strides double one by one", in_features,
-        )  # fmt: skip
+        require_pyramid(strides, in_features)
         channels = in_channels if reduce_channels is None else reduce_channels
         require(channels >= 1, "reduce_channels", "at least 1, or null", channels)
         require(pooled_size >= 1, "pooled_size", "at least 1", pooled_size)
@@ -112,16 +109,16 @@ class BoxHead(RoIHead):
         init_layers(self.score, std=init_std)
         init_layers(self.delta, std=delta_std)
         bins, hidden = pooled_size**2, offset_channels
+        self.deformable = pooling not in ("max", "align")
         if pooling == "deformable":
             self.offset = nn.ModuleDict({name: nn.Linear(inputs, 2 * bins) for name in in_features})
             init_layers(*self.offset.values(), std=0.0)
-        elif pooling != "max" and pooling != "align":
+        elif self.deformable:
             self.offset = _for_each(in_features, inputs, hidden, hidden, 2 * bins)
         if pooling == "modulated_align":
             self.modulation = _for_each(in_features, inputs, hidden, bins)
         self.strides, self.in_features = strides, in_features
         self.reduced, self.pooling = reduce_channels is not None, pooling
-        self.deformable = "deformable" in pooling or pooling == "modulated_align"
         self.pooled_size, self.trans_std = pooled_size, trans_std
         self.samples_per_part, self.aligned = samples_per_part, aligned
         self.mimicking = mimicking

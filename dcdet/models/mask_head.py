@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dcdet.errors import UserError, require
-from dcdet.models.roi_head import pool_by_level
+from dcdet.models.roi_head import pool_by_level, require_pyramid
 from dcdet.models.targets import RoISamples
 from dcdet.ops.deform_roi_pool import roi_align
 from dcdet.structures import Batch
@@ -44,10 +44,7 @@ class MaskHead(nn.Module):
         paste: Literal["grid", "resize"],
     ) -> None:
         super().__init__()
-        require(
-            len(strides) > 0 and strides == [strides[0] << index for index in range(len(strides))],
-            "in_features", "maps whose strides double one by one", in_features,
-        )  # fmt: skip
+        require_pyramid(strides, in_features)
         require(pooled_size >= 1, "pooled_size", "at least 1", pooled_size)
         require(samples_per_part >= 0, "samples_per_part", "at least 0", samples_per_part)
         require(convs >= 0, "convs", "at least 0", convs)

@@ -43,8 +43,8 @@ class RoIHead(nn.Module):
         delta_limit: see boxes.decode; supplied by code.
         box_beta: of the box loss, smooth L1; 0 is L1.
         claim_iou: see targets.roi_targets; None: no object claims proposals.
-        average: of losses over each image's RoIs, then over images, or over all RoIs of the
-            batch; the box loss of an image is divided by the wanted number of RoIs.
+        average: of losses. "image": over each image's RoIs (of the box loss over the wanted
+            number), then over images. "batch": over all RoIs of the batch.
     """
 
     box_std: Tensor
@@ -95,8 +95,7 @@ class RoIHead(nn.Module):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Cross-entropy and smooth L1 of each image's (hardest) RoIs; statistics.
 
-        Where the mean is over images, the box loss is divided by the wanted number of RoIs, else
-        by that of all RoIs; never by how many are foreground.
+        The box loss is never divided by how many are foreground.
         """
         labels, foreground = samples.labels, samples.labels > 0
         deltas = raw.deltas
@@ -133,6 +132,14 @@ class RoIHead(nn.Module):
         scores = raw.logits.softmax(dim=1)[:, 1:]
         deltas = raw.deltas if raw.deltas.dim() == 2 else raw.deltas[:, 1:]
         return scores, box_ops.decode(rois[:, 1:], deltas * self.box_std, self.delta_limit)
+
+
+def require_pyramid(strides: list[int], in_features: list[str]) -> None:
+    """Raise ValueError unless each of the maps has twice the stride of the one before."""
+    require(
+        len(strides) > 0 and strides == [strides[0] << index for index in range(len(strides))],
+        "in_features", "maps whose strides double one by one", in_features,
+    )  # fmt: skip
 
 
 def pyramid_levels(rois: Tensor, strides: list[int]) -> Tensor:

@@ -252,8 +252,8 @@ class RPNHead(nn.Module):
                 level[scores[level].argsort(descending=True, stable=True)[: spec.pre_nms]]
                 for level in levels
             ]
-        counts = torch.tensor([len(level) for level in levels], device=scores.device)
-        return torch.cat(levels), counts.new_tensor(range(len(counts))).repeat_interleave(counts)
+        numbers = [torch.full_like(level, number) for number, level in enumerate(levels)]
+        return torch.cat(levels), torch.cat(numbers)
 
     def _usable(self, raw: RPNOutput, size: tuple[int, int]) -> Tensor:
         """Which anchors (N,) bool may learn in an image of `size` (h, w)."""
