@@ -226,7 +226,8 @@ def place_masks(
     factors = scale if isinstance(scale, tuple) else (scale, scale)
     height, width = (round(s * factor) for s, factor in zip(size, factors, strict=True))
     placed = np.zeros((len(masks), *network_size), dtype=bool)
-    for row, mask in zip(placed, decode(masks, size), strict=True):
-        shown = cv2.resize(mask.view(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
+    for row, mask in zip(placed, masks, strict=True):
+        bitmap = decode([mask], size)[0].view(np.uint8)
+        shown = cv2.resize(bitmap, (width, height), interpolation=cv2.INTER_NEAREST)
         row[:height, :width] = shown[:, ::-1] if flip else shown
     return torch.from_numpy(placed)
