@@ -266,6 +266,5 @@ class RPNHead(nn.Module):
             x1, y1, x2, y2 = raw.anchors.unbind(1)
             # Inclusive corners: x2 - 1 < width + border.
             right, bottom = (1 + side + self.allowed_border for side in size[::-1])
-            usable &= torch.minimum(x1, y1) >= -self.allowed_border
-            usable &= (x2 < right) & (y2 < bottom)
+            usable &= (torch.minimum(x1, y1) >= -self.allowed_border) & (x2 < right) & (y2 < bottom)
         return usable
