@@ -53,8 +53,8 @@ class FPN(nn.Module):
         self.strides = {_pyramid(name): strides[name] for name in in_features}
         init_layers(*self.lateral.values(), *self.output.values(), std=init_std)
         self.extra: nn.Module | None = None
-        self.extra_reads_output = extra == "pool"
         last = in_features[-1]
+        self.extra_source = _pyramid(last) if extra == "pool" else last
         if extra != "none":
             self.extra_name = f"p{int(last[1:]) + 1}"
             self.strides[self.extra_name] = 2 * strides[last]
@@ -75,10 +75,7 @@ class FPN(nn.Module):
             x = lateral if x is None else lateral + F.interpolate(x, lateral.shape[2:])
             maps = {_pyramid(name): self.output[_pyramid(name)](x)} | maps
         if self.extra is not None:
-            last = self.in_features[-1]
-            maps[self.extra_name] = self.extra(
-                maps[_pyramid(last)] if self.extra_reads_output else features[last]
-            )
+            maps[self.extra_name] = self.extra((features | maps)[self.extra_source])
         return maps
 
 
