@@ -21,6 +21,7 @@ from dcdet.models.mimicking import (
     mimicking_losses,
     whole_patches,
 )
+from dcdet.models.roi_head import RoIOutput
 from dcdet.models.targets import RoISamples
 from dcdet.structures import Batch, Target
 
@@ -159,7 +160,10 @@ def test_a_training_step(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(mimicking.roi_head, "sample", keep_samples)
     monkeypatch.setattr(two_stage, "mimicking_losses", keep)
     batch = make_batch(2)
+    outputs: list[RoIOutput] = []
+    hook = mimicking.roi_head.register_forward_hook(lambda *call: outputs.append(call[2]))
     losses, _ = mimicking(batch)
+    hook.remove()
     without, _ = plain(batch)
     assert losses.keys() - without.keys() == {"mimic", "mimic_score"}
     assert all(torch.equal(losses[name], without[name]) for name in without)
@@ -179,6 +183,7 @@ def test_a_training_step(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatc
     # Each cut-out is resized, and read whole from the map of its size.
     drawn = draw_foreground(samples, batch.seeds, 1)
     assert torch.equal(samples.labels[drawn], labels)
+    assert torch.equal(outputs[0].features[drawn], features)
     mimicking.eval()
     with torch.no_grad():
         patches = roi_align(mimicking.normalised(batch), samples.rois[drawn], 32, 1.0, 0, True)
