@@ -184,8 +184,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "--seconds": {
         "type": _seconds,
         "metavar": "X",
-        "default": 2.0,
-        "help": "time for each figure; default: 2, about 10 minutes in all on 2 CPU cores",
+        "help": "time for each figure; default: 2 for an operator, 15 for a network",
     },
     "--point": {
         "type": _point,
@@ -288,15 +287,17 @@ def _benchmark(args: argparse.Namespace) -> int:
         raise UserError(COMMAND_LINE, f"no benchmark '{what}'", suggest(what, BENCHMARKS))
     if rest:
         raise UserError(COMMAND_LINE, f"benchmark {what} takes no '{rest[0]}'")
-    from dcdet.engine.benchmark import benchmark_ops
+    write = partial(print, flush=True)  # a table that grows for minutes
+    options = {"device": args.device, "quick": args.quick}
+    if args.seconds is not None:
+        options["seconds"] = args.seconds
+    if what == "ops":
+        from dcdet.engine.benchmark import benchmark_ops
 
-    return benchmark_ops(
-        partial(print, flush=True),  # a table that grows for minutes
-        args.json,
-        device=args.device,
-        quick=args.quick,
-        seconds=args.seconds,
-    )
+        return benchmark_ops(write, args.json, **options)
+    from dcdet.engine.benchmark_models import benchmark_models
+
+    return benchmark_models(what, write, args.json, **options)
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -307,7 +308,7 @@ def _doctor(args: argparse.Namespace) -> int:
     return doctor(print)
 
 
-BENCHMARKS = ("ops",)
+BENCHMARKS = ("ops", "train", "test")
 
 COMMANDS = {
     "train": Command(
@@ -347,8 +348,8 @@ COMMANDS = {
         _offsets,
     ),
     "benchmark": Command(
-        "measure speed and memory: the operators beside torchvision's and plain ones",
-        "ops",
+        "measure speed and memory of operators or networks beside torchvision's and plain ones",
+        "ops|train|test",
         ("--json", "--device", "--quick", "--seconds"),
         _benchmark,
     ),

@@ -108,7 +108,7 @@ def test_the_table_is_readable(quick: tuple[str, Any]) -> None:
 
 
 def test_cells() -> None:
-    cells = [benchmark._cell(value, 7) for value in (None, 0.01234, 1.234, 12.34, 1234.5)]
+    cells = [benchmark.cell(value, 7) for value in (None, 0.01234, 1.234, 12.34, 1234.5)]
     assert [cell.strip() for cell in cells] == ["-", "0.012", "1.23", "12.3", "1234"]
     assert {len(cell) for cell in cells} == {7}
 
@@ -302,8 +302,10 @@ def test_a_peak_is_measured_to_the_megabyte() -> None:
     the process after the first call.
     """
     script = """
-import torch
+import functools, torch
 from dcdet.engine import benchmark
+def peak(case):
+    return benchmark.forked(lambda: functools.partial(case.calls("cpu")["ours"], False))
 class Case:
     def calls(self, device):
         x = torch.ones(1)
@@ -311,7 +313,7 @@ class Case:
             held = torch.ones(8 << 20)
             return held + torch.ones(16 << 20)[:1]
         return {"ours": benchmark.Call(forward, (x,), x)}
-print(benchmark._forked(Case(), "ours", "forward"))
+print(peak(Case()))
 class Scattered(Case):
     def calls(self, device):
         torch.ones(1 << 19)  # blocks of such a size are now taken from the heap
@@ -321,12 +323,12 @@ class Scattered(Case):
             stays.append(torch.ones(1 << 18))
             return held[0][:1]
         return {"ours": benchmark.Call(forward, (x,), x)}
-print(benchmark._forked(Scattered(), "ours", "forward"))
+print(peak(Scattered()))
 class Killed(Case):
     def calls(self, device):
         import os, signal
         os.kill(os.getpid(), signal.SIGKILL)
-print(benchmark._forked(Killed(), "ours", "forward"))
+print(peak(Killed()))
 """
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True,

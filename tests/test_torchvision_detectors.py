@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor
 
 from dcdet import build_model, load_config, load_weights
+from dcdet.engine.benchmark_models import fill_with_random_weights
 from dcdet.engine.convert import convert
 from dcdet.engine.demo import read_views
 from dcdet.registry import check
@@ -17,28 +18,6 @@ CONFIGS = Path(__file__).parents[1] / "configs" / "torchvision"
 # Smaller images than the configs', for time; the rules are the same.
 SIZES = {"min_size": 256, "max_size": 427}
 RESIZE = "data.resize={short: 256, long: 427, method: torchvision}"
-GAINS = {"cls_logits": 2.0, "rpn.head.bbox_pred": 0.5, "cls_score": 3.0, "fcn_logits": 4.0,
-         "bbox_predictor.bbox_pred": 1.0, "fpn": 0.8}  # fmt: skip
-
-
-def with_random_weights(model: nn.Module) -> nn.Module:
-    """Weights that make features, scores, boxes and masks vary, as untrained ones do not."""
-    generator = torch.Generator().manual_seed(1)
-    for name, value in model.state_dict().items():
-        if value.dim() > 1:
-            fan_in = value.shape[0] if "conv5_mask" in name else value[0].numel()
-            gain = next((gain for part, gain in GAINS.items() if part in name), 1.4)
-            value.copy_(torch.randn(value.shape, generator=generator) * gain / fan_in**0.5)
-        elif value.is_floating_point():
-            value.copy_(0.1 * torch.randn(value.shape, generator=generator))
-            if name.endswith("running_var"):
-                value += 1
-            elif "bn" in name and name.endswith(".weight"):
-                value += 0.25 if "bn3" in name else 0.85
-            elif name.endswith("downsample.1.weight"):
-                value += 0.85
-    model.get_parameter("roi_heads.box_predictor.cls_score.bias").data[0] += 4
-    return model.eval()
 
 
 def place_in(theirs: dict[str, Tensor], ours: Any) -> Tensor:
@@ -54,7 +33,7 @@ def place_in(theirs: dict[str, Tensor], ours: Any) -> Tensor:
 @pytest.mark.parametrize("kind", ["faster_rcnn", "mask_rcnn"])
 def test_the_same_detections(kind: str, shared: Path, tmp_path: Path) -> None:
     make = getattr(torchvision.models.detection, kind.replace("_", "") + "_resnet50_fpn")
-    theirs = with_random_weights(make(weights=None, weights_backbone=None, **SIZES))
+    theirs = fill_with_random_weights(make(weights=None, weights_backbone=None, **SIZES)).eval()
     torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
     config = load_config(CONFIGS / f"{kind}_r50_fpn_coco.yaml", [RESIZE])
     lines: list[str] = []

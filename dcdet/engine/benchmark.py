@@ -357,7 +357,7 @@ def benchmark_ops(
         _memory_meter(where, quick) as peak,
     ):
         report: dict[str, Any] = {
-            "benchmark": "ops", "quick": quick, "seconds": seconds, "machine": _machine(where),
+            "benchmark": "ops", "quick": quick, "seconds": seconds, "machine": machine(where),
             "ceilings": _ceilings(where, cases, quick, seconds), "cases": [], "skipped": [],
         }  # fmt: skip
         for line in _head(report):
@@ -387,7 +387,7 @@ def _takes(case: Case, device: torch.device) -> bool:
     return case.dtype == "fp32" or compiled.covers(case.op, tensor)
 
 
-def _machine(device: torch.device) -> dict[str, Any]:
+def machine(device: torch.device) -> dict[str, Any]:
     """What the figures depend on."""
     return {
         "device": device.type,
@@ -510,6 +510,16 @@ def _rates(
 # Time.
 
 
+def timed(run: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Seconds of a call, the mean of `calls`, until the device has done all of it."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
 def _time(
     runs: dict[str, Callable[[], object]], seconds: float, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
@@ -519,31 +529,23 @@ def _time(
     takes longer than `seconds` is not called again: that call counts, the others' warms up.
     """
 
-    def timed(run: Callable[[], object], calls: int) -> float:
-        start = time.perf_counter()
-        for _ in range(calls):
-            run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) / calls
-
     times: dict[str, list[float]] = {}
     failed: dict[str, str] = {}
     calls: dict[str, int] = {}
     for name, run in runs.items():
         try:
-            first = timed(run, 1)
+            first = timed(run, device)
             if first > max(seconds, 1.0):
                 times[name] = [first]
             else:
                 times[name] = []
-                calls[name] = math.ceil(min(SAMPLE, seconds) / timed(run, 1))
+                calls[name] = math.ceil(min(SAMPLE, seconds) / timed(run, device))
         except RuntimeError as error:
             failed[name] = first_line(error)
     for done in range(ROUNDS[1]):
         for name in calls:
             if done < ROUNDS[0] or sum(times[name]) * calls[name] < seconds:
-                times[name].append(timed(runs[name], calls[name]))
+                times[name].append(timed(runs[name], device, calls[name]))
     return times, failed
 
 
@@ -554,38 +556,44 @@ Peak = Callable[[Case, dict[str, Call]], dict[str, float | None]]
 
 @contextmanager
 def _memory_meter(device: torch.device, quick: bool) -> Iterator[Peak]:
-    """Gives the function that tells a case's peak of extra memory in MB, by "WAY PASS".
-
-    A CPU's is read off a child that has computed nothing else: in this process freed memory would
-    be used again, and not be seen.
-    """
+    """Gives the function that tells a case's peak of extra memory in MB, by "WAY PASS"."""
     if device.type == "cuda":
         yield lambda case, calls: _cuda_memory(calls, device)
         return
+    cases = QUICK if quick else CASES
+    with memory_child("benchmark", quick) as ask:
+        yield lambda case, calls: ask(str(cases.index(case))) or {}
+
+
+@contextmanager
+def memory_child(module: str, quick: bool) -> Iterator[Callable[[str], Any]]:
+    """Gives the function that has a line answered by `measured_memory(line, quick)` of a module of
+    dcdet.engine, in a process that has computed nothing: in this one freed memory would be used
+    again, and not be seen. None where that process is gone, or the system has no /proc.
+    """
     if not Path("/proc/self/status").exists():
-        yield lambda case, calls: {}
+        yield lambda line: None
         return
     root = str(Path(__file__).resolve().parents[2])
     code = (
-        f"import sys; sys.path.insert(0, {root!r}); from dcdet.engine import benchmark; "
-        f"benchmark.answer({quick}, {torch.get_num_threads()})"
+        f"import sys; sys.path.insert(0, {root!r}); from dcdet.engine import benchmark, {module}; "
+        f"benchmark.answer({module}.measured_memory, {quick}, {torch.get_num_threads()})"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL, text=True, start_new_session=True,
     )  # fmt: skip
 
-    def ask(case: Case, calls: dict[str, Call]) -> dict[str, float | None]:
+    def ask(line: str) -> Any:
         assert child.stdin
         assert child.stdout
         try:
-            child.stdin.write(f"{(QUICK if quick else CASES).index(case)}\n")
+            child.stdin.write(f"{line}\n")
             child.stdin.flush()
         except BrokenPipeError:
-            return {}
-        line = child.stdout.readline()
-        found: dict[str, float | None] = json.loads(line) if line else {}
-        return found
+            return None
+        reply = child.stdout.readline()
+        return json.loads(reply) if reply else None
 
     try:
         yield ask
@@ -594,42 +602,59 @@ def _memory_meter(device: torch.device, quick: bool) -> Iterator[Peak]:
         child.wait()
 
 
+def answer(measured_memory: Callable[[str, bool], object], quick: bool, threads: int) -> None:
+    """The child: for each line on stdin a line of JSON on stdout."""
+    torch.set_num_threads(threads)
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(measured_memory(line.strip(), quick)) + "\n")
+        sys.stdout.flush()
+
+
+def measured_memory(line: str, quick: bool) -> dict[str, float | None]:
+    """For a case's number, the MB that it takes at its peak, by "WAY PASS"."""
+    case = (QUICK if quick else CASES)[int(line)]
+
+    def prepared(way: str, which: str) -> Callable[[], object]:
+        return partial(case.calls(torch.device("cpu"))[way], which == "forward_backward")
+
+    return {
+        f"{way} {which}": forked(partial(prepared, way, which)) for way in WAYS for which in PASSES
+    }
+
+
 def _cuda_memory(calls: dict[str, Call], device: torch.device) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for way, call in calls.items():
         for which in PASSES:
+            run = partial(call, which == "forward_backward")
             try:
-                call(which == "forward_backward")  # the libraries' own workspaces
-                torch.cuda.reset_peak_memory_stats(device)
-                before = torch.cuda.memory_allocated(device)
-                call(which == "forward_backward")
+                run()  # the libraries' own workspaces
+                found[f"{way} {which}"] = cuda_peak(run, device)
             except RuntimeError:
                 continue  # the timing says why
-            found[f"{way} {which}"] = (torch.cuda.max_memory_allocated(device) - before) / 1e6
     return found
 
 
-def answer(quick: bool, threads: int) -> None:
-    """The child: for each line on stdin with a case's number, a line of JSON on stdout.
+def cuda_peak(run: Callable[[], object], device: torch.device) -> float:
+    """The MB that a call takes at its peak, of what torch allocates."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
 
-    Each figure comes from a fork of its own. That is safe as long as this process itself computes
-    nothing: the threads that it would start do not survive a fork.
+
+def forked(prepared: Callable[[], Callable[[], object]]) -> float | None:
+    """The MB that a prepared call takes at its peak, in a fork; None where it failed, or was
+    killed.
+
+    Safe as long as this process itself computes nothing: the threads that it would start do not
+    survive a fork.
     """
-    torch.set_num_threads(threads)
-    for line in sys.stdin:
-        case = (QUICK if quick else CASES)[int(line)]
-        found = {f"{way} {which}": _forked(case, way, which) for way in WAYS for which in PASSES}
-        sys.stdout.write(json.dumps(found) + "\n")
-        sys.stdout.flush()
-
-
-def _forked(case: Case, way: str, which: str) -> float | None:
-    """The MB that a pass takes at its peak; None where it failed, or was killed."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            os.write(writing, str(_cpu_memory(case, way, which == "forward_backward")).encode())
+            os.write(writing, str(_cpu_peak(prepared())).encode())
         finally:
             os._exit(0)
     os.close(writing)
@@ -639,13 +664,12 @@ def _forked(case: Case, way: str, which: str) -> float | None:
     return float(text) if text else None
 
 
-def _cpu_memory(case: Case, way: str, backward: bool) -> float:
-    """MB between what the operands take and the peak of a second call.
+def _cpu_peak(run: Callable[[], object]) -> float:
+    """MB between what lies in memory before and the peak of a second call.
 
     The first one starts threads and compiles; what it freed goes back to the system.
     """
-    call = case.calls(torch.device("cpu"))[way]
-    call(backward)
+    run()
     give_back = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if give_back is not None:
         give_back(0)
@@ -654,7 +678,7 @@ def _cpu_memory(case: Case, way: str, backward: bool) -> float:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     except OSError:
         before = _resident("VmHWM")  # not allowed everywhere
-    call(backward)
+    run()
     return max(_resident("VmHWM") - before, 0) / 1e6
 
 
@@ -669,11 +693,16 @@ def _resident(name: str) -> int:
 # The table, at most 100 columns wide.
 
 
-def _head(report: dict[str, Any]) -> Iterator[str]:
-    machine, ceilings = report["machine"], report["ceilings"]
+def machine_lines(machine: dict[str, Any]) -> Iterator[str]:
+    """The head of a table."""
     yield f"{machine['gpu'] or machine['cpu']}, threads: {machine['threads']}"
     yield f"torch {machine['torch']}, torchvision (tv) {machine['torchvision']}"
     yield machine["kernels"]
+
+
+def _head(report: dict[str, Any]) -> Iterator[str]:
+    ceilings = report["ceilings"]
+    yield from machine_lines(report["machine"])
     for dtype, rate in ceilings["gflops"].items():
         yield f"ceiling of a matrix product in {dtype}: {rate:,.0f} GFLOP/s"
     yield f"ceiling of a copy: {ceilings['gbytes_per_s']:,.1f} GB/s"
@@ -691,9 +720,9 @@ def _rows(entry: dict[str, Any]) -> Iterator[str]:
     for which, name in zip(PASSES, (f"{entry['case']:23}fwd ", f"{'':23}f+b "), strict=True):
         figures = entry[which]
         found = [figures[way] or {} for way in WAYS]
-        times = "".join(_cell(f.get("min_ms"), w) for f, w in zip(found, (7, 8, 7), strict=True))
-        ratios = "".join(_cell(figures["ratio"].get(way), 7) for way in WAYS[1:])
-        memory = "".join(_cell(f.get("extra_mb"), w) for f, w in zip(found, (7, 8, 7), strict=True))
+        times = "".join(cell(f.get("min_ms"), w) for f, w in zip(found, (7, 8, 7), strict=True))
+        ratios = "".join(cell(figures["ratio"].get(way), 7) for way in WAYS[1:])
+        memory = "".join(cell(f.get("extra_mb"), w) for f, w in zip(found, (7, 8, 7), strict=True))
         shares = [figures.get(f"{of}_share") for of in ("gflops", "gbytes")]
         percent = "".join(f"{'-' if s is None else format(s, '.0%'):>5}" for s in shares)
         yield f"{name}{times}  {ratios}{memory}  {percent}"
@@ -701,8 +730,8 @@ def _rows(entry: dict[str, Any]) -> Iterator[str]:
         yield f"  {way} failed: {why}"[:100]
 
 
-def _cell(value: float | None, width: int) -> str:
-    """Three digits that say something."""
+def cell(value: float | None, width: int) -> str:
+    """Three digits that say something, or a dash."""
     if value is None:
         return f"{'-':>{width}}"
     decimals = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
