@@ -267,8 +267,10 @@ def test_the_long_side_limits_the_scale(size: tuple[int, int], scale: float) -> 
 
 
 def test_an_image_that_would_vanish_is_refused() -> None:
-    with pytest.raises(BadImage, match="too narrow"):
-        resize(picture((2, 4000)), 0.1)
+    for size, scale in (((2, 4000), 0.1), ((2, 640), 0.25)):
+        with pytest.raises(BadImage, match="too narrow"):
+            resize(picture(size), scale)
+    assert resize(picture((3, 640)), 0.25).shape == (1, 160, 3)
 
 
 def test_resize_equals_mmdetection(shared: Path) -> None:

@@ -129,7 +129,7 @@ def network_scale(size: tuple[int, int], short: int, long: int) -> float:
 
 def resize(image: np.ndarray, scale: float) -> np.ndarray:
     """Image (H, W, 3) uint8 enlarged by one factor for both axes, bilinear on uint8."""
-    if min(image.shape[:2]) * scale < 0.5:
+    if min(image.shape[:2]) * scale <= 0.5:  # OpenCV rounds half to even
         raise BadImage(f"too narrow: {image.shape[1]} x {image.shape[0]} pixels times {scale:.3g}")
     return cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
 
