@@ -214,7 +214,8 @@ def copy_weights(
     found = compare(model.state_dict(), weights)
     if not found.fitting or (not partial and found.differ):
         raise UserError(source, f"weights do not fit this model: {found}",
-                        "is it the config they were trained with?")  # fmt: skip
+                        "is it the config they were trained with? weights of another framework "
+                        "need dcdet convert")  # fmt: skip
     bad = first_non_finite(found.fitting)
     if bad:
         raise UserError(source, f"{bad} has non-finite values")
