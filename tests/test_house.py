@@ -108,7 +108,7 @@ BLOCKS = {50: {"c3": 4, "c4": 6, "c5": 3}, 101: {"c3": 4, "c4": 23, "c5": 3}}
 
 def test_mmdetections_siblings_differ_only_in_what_their_names_say() -> None:
     folder, seen = ROOT / "configs" / "dcnv2", set()
-    for path in folder.glob("*.yaml"):
+    for path in folder.glob("*_fpn_coco.yaml"):
         name = re.fullmatch(
             r"(faster|mask)_rcnn_(m?d(?:conv|pool))?_?(group4)?_?r(50|101)_fpn_coco", path.stem
         )
@@ -130,6 +130,9 @@ def test_mmdetections_siblings_differ_only_in_what_their_names_say() -> None:
             assert model["backbone"]["deform"] == deform, path.name
         seen.add((kind, way, group, depth))
     assert len(seen) == 13
+    paper = [folder / f"faster_rcnn_dcnv2_mimic_r{depth}_coco.yaml" for depth in (50, 101)]
+    assert siblings(*paper) == {"model.backbone.depth", "model.backbone.deform.blocks.c4"}
+    assert len(list(folder.glob("*.yaml"))) == 15
 
 
 @pytest.mark.parametrize(
