@@ -98,9 +98,15 @@ def _draw_mask(
     canvas: NDArray[np.uint8], mask: NDArray[np.bool_], colour: Colour, line: int
 ) -> None:
     """Blend a mask (H, W) into the canvas, with its outline, also that of its holes."""
+    lines, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    if not len(lines):
+        return
+    # Only the part around the mask: one of many in a large image is slow to look through.
+    part = tuple(slice(max(0, found[0] - line), found[-1] + 1 + line) for found in (lines, columns))
+    canvas, mask = canvas[part], mask[part]
     canvas[mask] = (canvas[mask].astype(np.uint16) + np.array(colour, np.uint16)) // 2
-    found = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    cv2.drawContours(canvas, found[0], -1, colour, line)
+    contours = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)[0]
+    cv2.drawContours(canvas, contours, -1, colour, line)
 
 
 def _visible(detections: Detections, size: tuple[int, int]) -> list[Shown]:
