@@ -21,7 +21,8 @@ from dcdet.errors import UserError
 from dcdet.weights.mxnet import own_name, read, translate
 
 FILE = Path("some.params")
-RELEASED = sorted((ROOT / "configs").glob("*/*_r101_*.yaml"))
+SYSTEMS = ("rfcn", "faster_rcnn", "fpn")
+RELEASED = sorted(path for name in SYSTEMS for path in (ROOT / "configs" / name).glob("*.yaml"))
 RECORDED = [path for path in RELEASED if path.stem in ("rfcn_dcn_r101_coco", "fpn_dcn_r101_coco")]
 STD = (0.1, 0.1, 0.2, 0.2)
 SMALL = {
