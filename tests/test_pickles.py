@@ -416,6 +416,7 @@ HOSTILE = {
         ),
         "damaged",
     ),
+    "torch no archive": (torch_tensor(b"K\x04\x85", b"K\x01\x85"), "damaged"),
     "torch no storage": (zipped(torch_tensor(b"K\x04\x85", b"K\x01\x85")), "damaged"),
     "compressed": (
         zipped(
@@ -510,10 +511,11 @@ def test_damage_is_one_clear_error(data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(0, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     end = data.draw(st.one_of(st.just(len(content)), st.integers(0, len(content))))
-    try:
-        read(bytes(content[:end]), FILE, "")
-    except UserError as error:
-        assert str(error).startswith("some.pth")  # noqa: PT017
+    for reading in (lambda whole: read(whole, FILE, ""), lambda whole: read_all(whole, FILE)):
+        try:
+            reading(bytes(content[:end]))
+        except UserError as error:
+            assert str(error).startswith("some.pth")  # noqa: PT017
 
 
 def test_changed_weights_of_a_zip_are_noticed() -> None:

@@ -225,7 +225,8 @@ class _Reader:
             raise UserError(self.path, "was written by a big-endian machine")
 
     def _member(self, name: str) -> memoryview:
-        assert self.zip
+        if self.zip is None:
+            raise KeyError(name)
         info = self.zip.getinfo(self.root + name)
         if info.compress_type != zipfile.ZIP_STORED:
             raise UserError(f"{self.path}: {name:.100}", "is compressed, as torch never does")
