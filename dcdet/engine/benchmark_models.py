@@ -114,7 +114,7 @@ class Network:
         return _training_step(model.train(), lambda: model(batch)[0])
 
 
-NETWORKS = (  # the last two are not trained
+NETWORKS = (
     Network("faster_rcnn", "torchvision"),
     Network("faster_rcnn", "dcdet", "torchvision"),
     Network("faster_rcnn", "deformable", "dcdet"),
@@ -169,8 +169,8 @@ def benchmark_models(
 
 
 def torchvision_network(masks: bool, size: Size) -> nn.Module:
-    """Its detector with frozen BatchNorm, as published, on random weights; images stay as they
-    are."""
+    """torchvision's detector with random weights, and with frozen BatchNorm, as for its published
+    weights; it does not resize images."""
     classes = 1 + CLASSES
     model = (MaskRCNN if masks else FasterRCNN)(
         resnet_fpn_backbone(backbone_name=f"resnet{size.depth}", weights=None, trainable_layers=3),
@@ -260,7 +260,7 @@ def own_network(masks: bool, deformable: bool, size: Size) -> TwoStageDetector:
 
 def copy_weights(theirs: nn.Module, model: TwoStageDetector) -> None:
     """The weights of torchvision's network; those of offsets, which it does not have, stay."""
-    arrays = {name: value.cpu().numpy() for name, value in theirs.state_dict().items()}
+    arrays = {name: value.numpy() for name, value in theirs.state_dict().items()}
     values = translate(File(Path("torchvision"), "", arrays, [], {})).values
     own = {name: value for name, value in model.state_dict().items() if ".offset." in name}
     model.load_state_dict(own | values)
@@ -344,6 +344,7 @@ def _prepared(
     failed: dict[Network, str] = {}
     wanted: dict[str, Any] = {}
     for network in NETWORKS:
+        # Proposals of random weights hardly meet an object: a mask head would have little to do.
         if what == "train" and network.kind == "mask_rcnn":
             continue
         try:
@@ -365,7 +366,7 @@ def _prepared(
 
 
 def detections_differ(ours: Detections, theirs: dict[str, Tensor]) -> str | None:
-    """In which way an image's detections do."""
+    """In which way an image's detections differ, or None."""
     distance = (ours.boxes[:, None] - theirs["boxes"][None]).abs().amax(-1)
     near = (distance < NEAR[0]) & (ours.labels[:, None] + 1 == theirs["labels"])
     near &= (ours.scores[:, None] - theirs["scores"]).abs() < NEAR[1]
@@ -382,7 +383,7 @@ def detections_differ(ours: Detections, theirs: dict[str, Tensor]) -> str | None
 
 
 def losses_differ(ours: dict[str, float], theirs: dict[str, float]) -> str | None:
-    """In which way a step's losses do, by more than random samples explain."""
+    """Which of a step's losses differs by more than random samples explain, or None."""
     for name, loss in ours.items():
         wanted = theirs[LOSSES[name]]
         if not abs(loss - wanted) <= LOSS_TOLERANCE * wanted:
@@ -460,12 +461,12 @@ def _head(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _rows(report: dict[str, Any]) -> Iterator[str]:
-    yield f"{'':24}{'milliseconds':>20}{'times as long as':>25}{'extra':>10}"
-    yield f"{'':24}{'median':>10}{'fastest':>10}{'median':>10}{'':15}{'MB':>10}"
+    yield f"{'':24}{'milliseconds':>20}{'times as long as':>33}{'extra':>10}"
+    yield f"{'':24}{'median':>10}{'fastest':>10}{'median':>10}{'fastest':>10}{'MB':>23}"
     for entry in report["networks"]:
         name = f"{entry['network']:12}{entry['way']:12}"
-        times = cell(entry["median_ms"], 10) + cell(entry["min_ms"], 10)
-        ratio = cell(entry["ratio"], 10)
-        yield f"{name}{times}{ratio} {entry['beside'] or '':14}{cell(entry['extra_mb'], 10)}"
+        keys = ("median_ms", "min_ms", "ratio", "min_ratio")
+        figures = "".join(cell(entry[key], 10) for key in keys)
+        yield f"{name}{figures} {entry['beside'] or '':12}{cell(entry['extra_mb'], 10)}"
     for name, why in report["failed"].items():
         yield f"{name} failed: {why}"[:100]
