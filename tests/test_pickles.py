@@ -334,6 +334,8 @@ ENCODE = (
     b"\x80\x02}(" + KEY + ARRAY + b"c_codecs\nencode\nq\x01X\x40\x42\x0f\x00" + 1_000_000 * b"a"
 )
 ENCODE += b"X\x06\x00\x00\x00latin1\x86q\x020" + 2000 * b"h\x01h\x02R0" + b"u."
+# All of a file before torch 1.6 up to the list of its storages.
+OLD_STORAGES = OLD[: OLD.rindex(b"\x80\x02]")] + b"\x80\x02"
 HOSTILE = {
     "deep key": (b"\x80\x02})" + 120_000 * b"\x85" + KEY + b"s.", None),
     "shared key": (b"\x80\x02})" + 60 * b"q\x01h\x01\x86" + KEY + b"s.", None),
@@ -347,6 +349,9 @@ HOSTILE = {
         + b"u.",
         "a",
     ),
+    "deep module": (b"\x80\x02)" + 400_000 * b"\x85" + b"N\x93.", "damaged"),
+    "shared name": (b"\x80\x02N)" + 60 * b"q\x01h\x01\x86" + b"\x93.", "damaged"),
+    "deep storage": (OLD_STORAGES + b"])" + 400_000 * b"\x85" + b"a.", "damaged"),
     "shared value": (
         b"\x80\x02}(" + KEY + ARRAY + b"X\x01\x00\x00\x00b)" + 60 * b"q\x01h\x01\x86" + b"u.",
         "a",

@@ -212,6 +212,8 @@ class _Reader:
         _version, machine, tree, keys = (self.tree(file) for _ in range(4))
         self._little_endian(machine["little_endian"] is True)
         for key in keys:
+            if not isinstance(key, str):
+                raise TypeError(type(key))
             dtype, (count,) = self.dtypes[key], struct.unpack("<q", file.read(8))
             begin = file.tell()
             if not 0 <= count * dtype.itemsize <= len(self.content) - begin:
@@ -356,7 +358,9 @@ class _Reader:
                                     "no weights need it; nothing was run")  # fmt: skip
         raise EOFError
 
-    def _global(self, module: str, name: str) -> _Global:
+    def _global(self, module: Any, name: Any) -> _Global:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise TypeError(type(name))
         module = {"__builtin__": "builtins"}.get(module, module)
         if f"{module}.{name}" not in KNOWN:
             raise UserError(
@@ -373,7 +377,7 @@ class _Reader:
         if name == "_codecs.encode":
             text, encoding = arguments
             if encoding != "latin1":
-                raise ValueError(encoding)
+                raise ValueError("encoding")
             return self._bytes(text)
         if name == "builtins.bytes" and not arguments:  # as protocol 2 has no bytes at all
             return b""
@@ -401,7 +405,7 @@ class _Reader:
         if not re.fullmatch(r"[fiu][1248]|b1", dtype.code):
             return None
         if dtype.order not in ("<", ">", "=", "|"):
-            raise ValueError(dtype.order)
+            raise ValueError("order")
         data, kind = self._bytes(data), np.dtype(dtype.code).newbyteorder(dtype.order)
         if _count(shape) * kind.itemsize != len(data):
             raise ValueError(shape)
