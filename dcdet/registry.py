@@ -69,11 +69,14 @@ class Experiment:
 def roles() -> dict[str, dict[str, type]]:
     """The table: role -> name -> class. Imports torch, hence a function."""
     from dcdet.datasets.coco import COCO
+    from dcdet.datasets.label_folder import LabelFolder
     from dcdet.datasets.shapes import Shapes
     from dcdet.datasets.voc import VOC
     from dcdet.evaluators.coco import COCOEvaluator
+    from dcdet.evaluators.miou import MIoUEvaluator
     from dcdet.evaluators.voc import VOCEvaluator
     from dcdet.models.box_head import BoxHead
+    from dcdet.models.deeplab import DeepLab
     from dcdet.models.fpn import FPN
     from dcdet.models.mask_head import MaskHead
     from dcdet.models.resnet import ResNet
@@ -83,23 +86,52 @@ def roles() -> dict[str, dict[str, type]]:
     from dcdet.models.two_stage import TwoStageDetector
 
     return {
-        "model": {"TwoStageDetector": TwoStageDetector},
+        "model": {"TwoStageDetector": TwoStageDetector, "DeepLab": DeepLab},
         "backbone": {"ResNet": ResNet, "TimmBackbone": TimmBackbone},
         "neck": {"FPN": FPN},
         "rpn": {"RPNHead": RPNHead},
         "roi_head": {"RFCNHead": RFCNHead, "BoxHead": BoxHead},
         "mask_head": {"MaskHead": MaskHead},
-        "dataset": {"VOC": VOC, "COCO": COCO, "Shapes": Shapes},
-        "evaluator": {"VOCEvaluator": VOCEvaluator, "COCOEvaluator": COCOEvaluator},
+        "dataset": {"VOC": VOC, "COCO": COCO, "Shapes": Shapes, "LabelFolder": LabelFolder},
+        "evaluator": {
+            "VOCEvaluator": VOCEvaluator,
+            "COCOEvaluator": COCOEvaluator,
+            "MIoUEvaluator": MIoUEvaluator,
+        },
     }
 
 
 def check(config: Config) -> Experiment:
     """Check every key of the tree, building its sections but no model, reader or evaluator.
 
-    Raises UserError for the first key that is unknown, missing, of a wrong type or out of range.
+    Raises UserError for the first key that is unknown, missing, of a wrong type or out of range,
+    and for parts of different tasks.
     """
-    return _construct(Experiment, _arguments(Experiment, config, ""), config)
+    experiment = _construct(Experiment, _arguments(Experiment, config, ""), config)
+    _check_task(config)
+    return experiment
+
+
+def task_of(config: Config) -> str:
+    """What the config's model is for: "detection", or "segmentation"."""
+    return getattr(_lookup(config.model, "model"), "task", "detection")
+
+
+def _check_task(config: Config) -> None:
+    task = task_of(config)
+    for section, key, role in (
+        (config.data, "train", "dataset"), (config.data, "test", "dataset"),
+        (config.test, "evaluator", "evaluator"),
+    ):  # fmt: skip
+        other = getattr(_lookup(section[key], role), "task", "detection")
+        if other != task:
+            raise UserError(
+                section[key].where("type"), f"{section[key].type} is for {other}",
+                f"{config.model.type} is for {task}",
+            )  # fmt: skip
+    for key in ("random_scale", "crop"):
+        if task == "detection" and config.data.get(key) is not None:
+            raise UserError(config.data.where(key), f"'{key}' is for segmentation", "write null")
 
 
 def build(node: Config, role: str, **context: Any) -> Any:
@@ -151,9 +183,10 @@ def _require(cls: type, role: str, node: Config) -> None:
     from torch import nn
 
     if role in ("dataset", "evaluator"):
-        what, fits = f"take {', '.join(sorted(SUPPLIED[role]))}", False
+        needed = SUPPLIED[role] - {"pixels"} if hasattr(cls, "task") else SUPPLIED[role]
+        what, fits = f"take {', '.join(sorted(needed))}", False
         with contextlib.suppress(ValueError, TypeError):
-            fits = SUPPLIED[role] <= set(inspect.signature(cls).parameters)
+            fits = needed <= set(inspect.signature(cls).parameters)
     else:
         what, fits = "be a torch.nn.Module", issubclass(cls, nn.Module)
     if not fits:

@@ -83,6 +83,10 @@ class DataSection:
             cannot be read.
         max_pixels: larger images are refused.
         timeout: seconds to wait for a worker before it counts as hung.
+        random_scale: in training, each image is resized by a factor drawn from this range (evenly
+            on a logarithmic scale) on top of `resize`; None: by none. Segmentation only.
+        crop: in training, the part (h, w) of each resized image that is cut out at a random place,
+            less where it is smaller; None: all of it. Segmentation only.
     """
 
     classes: list[str] | None
@@ -100,6 +104,8 @@ class DataSection:
     max_pixels: int = MAX_PIXELS
     timeout: float = 120.0
     pad_images: int = 1
+    random_scale: tuple[float, float] | None = None
+    crop: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         names = self.classes or []
@@ -119,6 +125,11 @@ class DataSection:
         ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}: must be in {low}..{high}, got {getattr(self, name)}")
+        least, most = self.random_scale or (1.0, 1.0)
+        if not 0.1 <= least <= most <= 10:
+            raise ValueError(f"random_scale: must be two factors in 0.1..10, got {least}, {most}")
+        if min(self.crop or (1, 1)) < 1:
+            raise ValueError(f"crop: must be a height and a width of 1 or more, got {self.crop}")
 
 
 class Reader(Protocol):
@@ -242,7 +253,7 @@ class DetectionDataset:
                     samples.append(self.samples(pick, record))
                     break
                 except BadImage as error:
-                    skipped.append((record.path, str(error)))
+                    skipped.append((error.path or record.path, str(error)))
         views = zip(*samples, strict=True) if samples else [()]
         return [collate(view, self.section.pad_multiple, skipped) for view in views]
 

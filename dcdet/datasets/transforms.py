@@ -30,7 +30,12 @@ FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF", "PPM")
 
 
 class BadImage(Exception):
-    """An image file that cannot be used; the message says why, without the path."""
+    """An image file that cannot be used; the message says why, without the path.
+
+    `path` is set where another file than the image itself is meant.
+    """
+
+    path: str | None = None
 
 
 def read_file(path: str, limit: int = MAX_FILE_BYTES) -> bytes:
@@ -62,19 +67,20 @@ def read_image(
     the 2017 release does. Decoding is bit-equal to cv2.imread for 8-bit JPEG and PNG; Pillow is
     used because it refuses truncated files, which OpenCV fills with grey.
     """
-    with _opened(path, max_pixels) as image:
+    with opened(path, max_pixels) as image:
         turned = ImageOps.exif_transpose(image) if orientation == "apply" else image
         return _to_rgb(turned)
 
 
 def read_size(path: str) -> tuple[int, int]:
     """The size (h, w) in the header of an image file, EXIF orientation aside; or BadImage."""
-    with _opened(path, MAX_PIXELS) as image:
+    with opened(path, MAX_PIXELS) as image:
         return image.height, image.width
 
 
 @contextmanager
-def _opened(path: str, max_pixels: int) -> Iterator[Image.Image]:
+def opened(path: str, max_pixels: int) -> Iterator[Image.Image]:
+    """An image file whose header was looked at; BadImage for any error, also of decoding."""
     try:
         with Image.open(BytesIO(read_file(path)), formats=FORMATS) as image:
             _check_header(image, max_pixels)
@@ -231,3 +237,27 @@ def place_masks(
         shown = cv2.resize(bitmap, (width, height), interpolation=cv2.INTER_NEAREST)
         row[:height, :width] = shown[:, ::-1] if flip else shown
     return torch.from_numpy(placed)
+
+
+def place_labels(
+    labels: np.ndarray,
+    network_size: tuple[int, int],
+    scale: box_ops.Scale,
+    flip: bool,
+    pad: int,
+) -> np.ndarray:
+    """Label map (H, W) uint8 of an original -> the same of the network's image of `network_size`.
+
+    Mirrored and resized to the nearest pixel; `pad` where the image is padded. Source:
+    lib/utils/image.py of the 2017 release.
+    """
+    factors = scale if isinstance(scale, tuple) else (scale, scale)
+    if flip:
+        labels = labels[:, ::-1]
+    resized = cv2.resize(
+        labels, None, fx=factors[1], fy=factors[0], interpolation=cv2.INTER_NEAREST
+    )
+    placed = np.full(network_size, pad, dtype=np.uint8)
+    height, width = resized.shape
+    placed[:height, :width] = resized
+    return placed

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from dcdet.datasets.loader import DetectionDataset, ResizeSpec, View, test_loader
+from dcdet.datasets.loader import ResizeSpec, View, test_loader
 from dcdet.engine.checkpoint import load_weights
 from dcdet.engine.runtime import (
     Precision,
@@ -20,13 +20,12 @@ from dcdet.engine.runtime import (
     output_folder,
     processes,
     strict_json,
-    write_text,
+    write_bytes,
 )
-from dcdet.engine.setup import build_reader
+from dcdet.engine.setup import build_dataset, build_reader
 from dcdet.models.build import build_model
-from dcdet.models.two_stage import TwoStageDetector
 from dcdet.registry import build, check
-from dcdet.structures import Batch, Detections
+from dcdet.structures import Batch
 
 log = logging.getLogger("dcdet.test")
 
@@ -59,7 +58,8 @@ class TestSection:
 
 
 def evaluate(config: Any, weights: Path, output: Path, *, device: str | None = None) -> int:
-    """Detect on every image of `data.test`, write detections.json and metrics.json to `output`.
+    """Detect on, or segment, every image of `data.test`; write metrics.json, and detections.json or
+    predictions/*.png, to `output`.
 
     The command's exit code returns: 1 if images had to be skipped. Raises UserError, MachineError.
     """
@@ -80,13 +80,14 @@ def _evaluate(config: Any, weights: Path, output: Path, runtime: Runtime) -> int
         log.warning("%s was trained for other class names: %s", weights, ", ".join(meta["classes"]))
     model.to(runtime.device).eval()
     views = experiment.test.views(data.resize)
-    dataset = DetectionDataset(reader, data, training=False, views=views)
+    dataset = build_dataset(config, reader, data, training=False, views=views)
     evaluator = build(config.test.evaluator, "evaluator", reader=reader)
     start = time.perf_counter()
     images = test_loader(dataset, data, runtime.rank, runtime.world)
     # One by one: all bitmaps of a data set together would not fit into memory.
     for one in detect(model, images, experiment.test.precision, runtime.device):
         evaluator.update(one)
+        _write(output, evaluator.image_files(one))
     parts = runtime.gather((evaluator.found, evaluator.dropped, dataset.bad))
     if runtime.rank:
         return 0
@@ -98,30 +99,36 @@ def _evaluate(config: Any, weights: Path, output: Path, runtime: Runtime) -> int
     evaluator.dropped = sum(dropped for _, dropped, _ in parts)
     total = len(reader.records)
     metrics = {"images": total - len(skipped), "of": total, **evaluator.result()}
-    write_text(output / "detections.json", strict_json(evaluator.detections_json()))
-    write_text(output / "metrics.json", strict_json(metrics))
+    written = ["metrics.json", *_write(output, evaluator.result_files())]
+    write_bytes(output / "metrics.json", strict_json(metrics).encode())
     log.info(
         "evaluated %d of %d images, %.1f images/s", total - len(skipped), total, total / seconds
     )
     if evaluator.dropped:
-        log.warning("%d detections were not finite and do not count", evaluator.dropped)
+        log.warning("%d %s were not finite and do not count", evaluator.dropped, evaluator.counted)
     masks = {f"segm {name}": value for name, value in metrics.get("segm", {}).items()}
     for name, value in {**metrics, **masks}.items():
         if isinstance(value, float) or value is None:
             log.info("%s %s", name, "not defined" if value is None else f"{value:.4f}")
-    log.info("written: %s, %s", output / "metrics.json", output / "detections.json")
+    log.info("written: %s", ", ".join(str(output / name) for name in written))
     return 1 if skipped else 0
 
 
 def detect(
     model: nn.Module, images: Iterable[list[Batch]], precision: Precision, device: torch.device
-) -> Iterator[Detections]:
-    """Detections of every image, given as its views, on the CPU."""
+) -> Iterator[Any]:
+    """What the model finds in every image, given as its views: Detections or a Segmentation, on the
+    CPU."""
     for views in images:
         with autocast(device, precision):
             shown = [view.to(device) for view in views]
-            detections = cast(TwoStageDetector, model).predict(*shown)
-        for one in detections:
-            masks = None if one.masks is None else one.masks.cpu()
-            boxes, scores, labels = one.boxes.cpu(), one.scores.cpu(), one.labels.cpu()
-            yield Detections(one.image_id, boxes, scores, labels, masks)
+            found = cast(Any, model).predict(*shown)
+        yield from (one.cpu() for one in found)
+
+
+def _write(output: Path, files: Mapping[str, bytes]) -> list[str]:
+    """Write files into the output folder and its folders; their names."""
+    for name, content in files.items():
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(output / name, content)
+    return list(files)

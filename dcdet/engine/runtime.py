@@ -212,6 +212,11 @@ def strict_json(value: Any) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     os.replace(temporary, path)

@@ -1,16 +1,19 @@
 """From config sections to the objects that training and testing share."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from dcdet.datasets.label_maps import SegmentationDataset
+from dcdet.datasets.loader import DataSection, DetectionDataset, View
 from dcdet.datasets.records import have_masks
 from dcdet.errors import UserError
-from dcdet.registry import build
+from dcdet.registry import build, task_of
 
 # Keys that a resumed run may change: they do not change what a step computes.
 FREE_ON_RESUME = (
     "solver.epochs", "solver.max_bad_steps", "solver.log_every", "solver.checkpoint_every",
     "solver.keep_checkpoints", "data.workers", "data.test", "model.backbone.pretrained", "test",
-    "model.postprocess",
+    "model.postprocess", "model.tiles",
 )  # fmt: skip
 
 
@@ -21,8 +24,9 @@ def build_reader(config: Any, part: str) -> Any:
     Raises UserError.
     """
     reader = build(
-        config.data[part], "dataset", classes=config.data.classes, pixels=config.model.pixels
-    )
+        config.data[part], "dataset",
+        classes=config.data.classes, pixels=config.model.get("pixels"),
+    )  # fmt: skip
     if len(reader.classes) != config.model.num_classes:
         raise UserError(
             config.where("model.num_classes"),
@@ -38,6 +42,19 @@ def build_reader(config: Any, part: str) -> Any:
             "add masks: true, where the data set has them, or set model.mask_head to null",
         )
     return reader
+
+
+def build_dataset(
+    config: Any,
+    reader: Any,
+    section: DataSection,
+    *,
+    training: bool,
+    views: Sequence[View] | None = None,
+) -> DetectionDataset:
+    """A reader's images as samples for the config's model."""
+    kind = SegmentationDataset if task_of(config) == "segmentation" else DetectionDataset
+    return kind(reader, section, training=training, views=views)
 
 
 def comparable(config: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from dcdet.datasets.loader import (
 from dcdet.engine import checkpoint, runtime
 from dcdet.engine.logs import Logs
 from dcdet.engine.runtime import Runtime, Signals
-from dcdet.engine.setup import build_reader, comparable
+from dcdet.engine.setup import build_dataset, build_reader, comparable
 from dcdet.engine.solver import (
     SolverSection,
     build_optimizer,
@@ -75,7 +75,7 @@ def _train(
     data, solver = experiment.data, experiment.solver
     runtime.seed_everything(config.seed + run.rank)
     reader = build_reader(config, "train")
-    dataset = DetectionDataset(reader, data, training=True)
+    dataset = build_dataset(config, reader, data, training=True)
     state, meta = _start(config, output, weights, resume, run, solver, reader)
     per_epoch = steps_per_epoch(dataset, data)
     steps = max(1, round(solver.epochs * per_epoch))
@@ -269,5 +269,6 @@ def _report_bad_step(
         "image_ids": images,
         "boxes": [target.boxes for target in batch.targets],
         "labels": [target.labels for target in batch.targets],
+        "label_maps": [target.label_map for target in batch.targets],
     }
     torch.save(content, output / f"bad_batch_rank{run.rank}.pth")

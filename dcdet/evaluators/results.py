@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dcdet.datasets.records import Record
 from dcdet.datasets.transforms import read_file
+from dcdet.engine.runtime import strict_json
 from dcdet.errors import UserError
 from dcdet.masks import clean_segmentation, decode, encode
 from dcdet.structures import Detections
@@ -49,6 +50,8 @@ class Evaluator:
     `found` has what was found in each image, by its id, small enough to be sent between processes;
     `dropped` counts the rows that were left out because a number in them was not finite.
     """
+
+    counted = "detections"  # what `dropped` counts
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
@@ -89,6 +92,14 @@ class Evaluator:
         """Every evaluated image with its detections, in the data set's order."""
         places = sorted((self._order[image_id], image_id) for image_id in self.found)
         return [(self.reader.records[place], self.found[image_id]) for place, image_id in places]
+
+    def image_files(self, _detections: Detections) -> dict[str, bytes]:
+        """What is to be written for one image, by its path in the output folder: nothing."""
+        return {}
+
+    def result_files(self) -> dict[str, bytes]:
+        """What is to be written for the whole data set."""
+        return {"detections.json": strict_json(self.detections_json()).encode()}
 
     def detections_json(self) -> list[Json]:
         """Every detection in the COCO results format, with the data set's own ids."""

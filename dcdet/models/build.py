@@ -7,7 +7,7 @@ from torch import nn
 
 from dcdet.config import suggest
 from dcdet.errors import UserError
-from dcdet.registry import build, check
+from dcdet.registry import build, check, task_of
 
 
 def build_model(config: Any) -> nn.Module:
@@ -16,11 +16,15 @@ def build_model(config: Any) -> nn.Module:
     Raises UserError for a config that does not fit the classes it names.
     """
     check(config)
-    return _build_two_stage(config.model)
+    backbone = build(config.model.backbone, "backbone")
+    if task_of(config) == "segmentation":
+        model = build(config.model, "model", backbone=backbone)
+    else:
+        model = _build_two_stage(config.model, backbone)
+    return model.to(memory_format=torch.channels_last)
 
 
-def _build_two_stage(node: Any) -> nn.Module:
-    backbone = build(node.backbone, "backbone")
+def _build_two_stage(node: Any, backbone: Any) -> nn.Module:
     maps, neck = backbone, None
     if node.get("neck") is not None:
         context = {"in_channels": backbone.channels, "strides": backbone.strides}
@@ -34,8 +38,7 @@ def _build_two_stage(node: Any) -> nn.Module:
                 part, role, num_classes=node.num_classes, pixels=node.pixels,
                 delta_limit=node.get("delta_limit", "none"), **_of_maps(maps, part),
             )  # fmt: skip
-    model = build(node, "model", backbone=backbone, neck=neck, **heads)
-    return model.to(memory_format=torch.channels_last)
+    return build(node, "model", backbone=backbone, neck=neck, **heads)
 
 
 def _of_maps(maps: Any, node: Any) -> dict[str, Any]:

@@ -170,11 +170,7 @@ class TwoStageDetector(nn.Module):
 
     def normalised(self, batch: Batch) -> Tensor:
         """What the backbone sees, (B, 3, H, W) float32; padding is 0."""
-        x = (batch.images.float() - self.pixel_mean) / self.pixel_std
-        for image, (height, width) in enumerate(batch.sizes):
-            x[image, :, height:] = 0
-            x[image, :, :, width:] = 0
-        return x
+        return batch.normalised(self.pixel_mean, self.pixel_std)
 
     def maps(self, x: Tensor) -> dict[str, Tensor]:
         """Normalised images (B, 3, H, W) -> maps by name."""
