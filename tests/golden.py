@@ -42,11 +42,14 @@ NAMES = {
         **{f"neck.output.p{n}": f"fpn_p{n}" for n in range(2, 6)},
         **{f"roi_head.offset.p{n}": f"offset_p{n}" for n in range(2, 6)},
     },
+    "deeplab": {"fc6": "fc6", "score": "score"},
 }  # fmt: skip
 
 
 def system_of(model: Any) -> str:
     """A key of NAMES."""
+    if hasattr(model, "fc6"):
+        return "deeplab"
     if model.neck is not None:
         return "fpn"
     return "faster_rcnn" if hasattr(model.roi_head, "fc1") else "rfcn"
@@ -106,8 +109,9 @@ def release_weights(
         key = release_name(own, system)
         assert tuple(shapes.pop(key)) == tuple(value.shape), own
         weights[own] = torch.from_numpy(param.param(key, value.shape))
+    shapes.pop("upsampling_weight", None)  # DeepLab's: bilinear
     assert not shapes, sorted(shapes)
-    if test_time:
+    if test_time and system != "deeplab":
         for own in ("roi_head.delta.weight", "roi_head.delta.bias"):
             weights[own] = weights[own] / box_scale(model, weights[own])
     return weights

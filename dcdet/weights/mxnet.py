@@ -53,7 +53,10 @@ MODULES = {
     "bbox_pred": "roi_head.delta",
     "offset": "roi_head.offset.c5",
     **{f"offset_p{level}": f"roi_head.offset.p{level}" for level in range(2, 6)},
+    "fc6": "fc6",  # DeepLab
+    "score": "score",
 }
+UPSAMPLING = "upsampling_weight"  # DeepLab's: bilinear and never trained; dcdet computes it
 KINDS = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias",
          "moving_mean": "running_mean", "moving_var": "running_var"}  # fmt: skip
 _ENTRY = re.compile(rf"(\w+?)_({'|'.join(KINDS)})")
@@ -204,6 +207,9 @@ def translate(arrays: dict[str, np.ndarray], box_std: Tensor | None, path: Path)
         prefix, _, name = entry.partition(":")
         plain = name.replace("_test", "")
         own = own_name(plain) if prefix in ("arg", "aux") else None
+        if name == UPSAMPLING and prefix == "arg":
+            _check_bilinear(arrays[entry], f"{path}: {entry}")
+            continue
         if own is None:
             unknown.append(entry)
             continue
@@ -222,6 +228,14 @@ def translate(arrays: dict[str, np.ndarray], box_std: Tensor | None, path: Path)
             notes.append(f"{entries[own]}: {note}")
     heads = any(not own.startswith("backbone.") for own in values)
     return Translated(values, entries, unknown, notes, RULES if heads else BACKBONE_RULES)
+
+
+def _check_bilinear(array: np.ndarray, where: str) -> None:
+    """Raises UserError for upsampling weights (K, 1, n, n) that are not the bilinear ones."""
+    side = array.shape[-1] if array.ndim == 4 else 0
+    ramp = 1 - np.abs(2 * np.arange(side) + 1 - side) / (side + side % 2)
+    if not side or not np.allclose(array, ramp[:, None] * ramp, atol=1e-6):
+        raise UserError(where, "is not the bilinear upsampling that dcdet's DeepLab computes")
 
 
 def _box_scale(own: str, entry: str, value: Tensor, box_std: Tensor | None) -> Tensor | float:
