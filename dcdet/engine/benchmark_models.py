@@ -1,14 +1,14 @@
 """Speed and memory of whole networks beside torchvision's and a plain one, all in one run.
 
 Faster and Mask R-CNN with a ResNet and an FPN, by torchvision's rules and with the same random
-weights, as torchvision's own, as dcdet's, and as dcdet's with deformable convolutions.
-docs/benchmarks.md says what each figure means.
+weights, as torchvision's own, as dcdet's, and as dcdet's with deformable convolutions; and DeepLab,
+which torchvision has not, with and without these. docs/benchmarks.md says what each figure means.
 """
 
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -34,6 +34,7 @@ from dcdet.engine.benchmark import (
 from dcdet.engine.runtime import keep_freed_memory, pick_device, strict_json, write_text
 from dcdet.errors import first_line
 from dcdet.models.box_head import BoxHead
+from dcdet.models.deeplab import DeepLab
 from dcdet.models.fpn import FPN
 from dcdet.models.mask_head import MaskHead
 from dcdet.models.postprocess import PostprocessSpec
@@ -50,6 +51,7 @@ What = Literal["test", "train"]
 IMAGES = {"test": 1, "train": 2}
 OBJECTS = 8  # an image; COCO has 7
 CLASSES = 90
+SCENE_CLASSES = 19  # of DeepLab; Cityscapes'
 ROUNDS = 3  # at least
 
 # Factors of random weights that keep features, scores, boxes and masks of one size.
@@ -73,7 +75,7 @@ class Size:
     most so many `detections`. `hidden`: channels of the box head.
     """
 
-    depth: Literal[18, 50]
+    depth: Literal[18, 50, 101]
     height: int
     width: int
     proposals: int
@@ -83,30 +85,41 @@ class Size:
 
 
 FULL, QUICK = Size(50, 800, 1088, 1000, 512, 100, 1024), Size(18, 64, 96, 50, 32, 10, 64)
+SCENE = replace(FULL, depth=101, height=512, width=1024)  # DeepLab's
 
 
 @dataclass(frozen=True)
 class Network:
-    """A detector, one way; its time is divided by that of `beside`, of the same kind."""
+    """A network, one way; its time is divided by that of `beside`, of the same kind."""
 
-    kind: Literal["faster_rcnn", "mask_rcnn"]
+    kind: Literal["faster_rcnn", "mask_rcnn", "deeplab"]
     way: Literal["torchvision", "dcdet", "deformable"]
     beside: str | None = None
 
     def __str__(self) -> str:
         return f"{self.kind} {self.way}"
 
+    def size(self, quick: bool) -> Size:
+        """How large it is, and its images."""
+        return QUICK if quick else SCENE if self.kind == "deeplab" else FULL
+
     def run(self, what: What, size: Size, device: torch.device) -> Callable[[], Any]:
-        """What is measured, from images in memory: testing gives the detections in one, a training
+        """What is measured, from images in memory: testing gives what is found in one, a training
         step its losses."""
         batch = pictures(IMAGES[what], size).to(device)
+        model: Any
+        if self.kind == "deeplab":
+            model = deeplab(self.way == "deformable", size).to(device)
+            return self._own_run(model, what, batch)
         masks = self.kind == "mask_rcnn"
         theirs = torchvision_network(masks, size)
         if self.way == "torchvision":
             return _torchvision_run(theirs.to(device), what, batch)
         model = own_network(masks, self.way == "deformable", size)
         copy_weights(theirs, model)
-        model.to(device)
+        return self._own_run(model.to(device), what, batch)
+
+    def _own_run(self, model: Any, what: What, batch: Batch) -> Callable[[], Any]:
         move_samples(model, batch)
         if what == "test":
             model.eval()
@@ -120,6 +133,8 @@ NETWORKS = (
     Network("faster_rcnn", "deformable", "dcdet"),
     Network("mask_rcnn", "torchvision"),
     Network("mask_rcnn", "dcdet", "torchvision"),
+    Network("deeplab", "dcdet"),
+    Network("deeplab", "deformable", "dcdet"),
 )
 
 
@@ -139,12 +154,13 @@ def benchmark_models(
     """
     where = pick_device(device)
     seconds = min(seconds, 0.02) if quick else seconds
-    size = QUICK if quick else FULL
+    size, scene = (network.size(quick) for network in (NETWORKS[0], NETWORKS[-1]))
     if where.type == "cpu":
         keep_freed_memory()
     report: dict[str, Any] = {
         "benchmark": what, "quick": quick, "seconds": seconds, "machine": machine(where),
         "images": IMAGES[what], "height": size.height, "width": size.width, "depth": size.depth,
+        "deeplab": {"height": scene.height, "width": scene.width, "depth": scene.depth},
     }  # fmt: skip
     for line in _head(report):
         write(line)
@@ -153,7 +169,7 @@ def benchmark_models(
         torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False),
         _memory_meter(what, where, quick) as peak,
     ):
-        runs, failed = _prepared(what, size, where)
+        runs, failed = _prepared(what, quick, where)
         memory = {network: peak(network, run) for network, run in runs.items()}
         times = _time(runs, seconds, where)
     report["networks"] = list(_figures(times, memory))
@@ -185,13 +201,15 @@ def torchvision_network(masks: bool, size: Size) -> nn.Module:
         **{"mask_predictor": MaskRCNNPredictor(256, 256, classes)} if masks else {},
     )
     model.transform.resize = lambda image, target: (image, target)
-    return fill_with_random_weights(model)
+    fill_with_random_weights(model)
+    with torch.no_grad():  # most of what is proposed is background
+        model.get_parameter("roi_heads.box_predictor.cls_score.bias")[0] += 4
+    return model
 
 
 @torch.no_grad()
-def fill_with_random_weights(model: nn.Module) -> nn.Module:
-    """The same model of torchvision, with weights that make features, scores, boxes and masks vary,
-    as untrained ones do not."""
+def fill_with_random_weights(model: nn.Module) -> None:
+    """Weights that make features, scores, boxes and masks vary, as untrained ones do not."""
     generator = torch.Generator().manual_seed(1)
     for name, value in model.state_dict().items():
         if value.dim() > 1:
@@ -206,8 +224,6 @@ def fill_with_random_weights(model: nn.Module) -> nn.Module:
                 value += 0.25 if "bn3" in name else 0.85
             elif name.endswith("downsample.1.weight"):
                 value += 0.85
-    model.get_parameter("roi_heads.box_predictor.cls_score.bias").data[0] += 4
-    return model
 
 
 def own_network(masks: bool, deformable: bool, size: Size) -> TwoStageDetector:
@@ -258,6 +274,27 @@ def own_network(masks: bool, deformable: bool, size: Size) -> TwoStageDetector:
     return model.to(memory_format=torch.channels_last)
 
 
+def deeplab(deformable: bool, size: Size) -> DeepLab:
+    """configs/deeplab/deeplab_r101_cityscapes.yaml, or deeplab_dcn_r101_cityscapes.yaml, with
+    random weights."""
+    deform = None
+    if deformable:
+        blocks = {"c5": list(range(BLOCKS[size.depth][-1]))}
+        deform = DeformSpec(blocks, groups=1, modulated=False, border="original", offset_dilation=1)
+    backbone = ResNet(
+        size.depth, stride_in="1x1", norm="frozen_bn", stem_pool="ceil", dilate_c5=True,
+        freeze_to=2, deform=deform, pretrained=None,
+    )  # fmt: skip
+    model: Any = DeepLab(
+        backbone, SCENE_CLASSES, [123.15, 115.90, 103.06], [1.0, 1.0, 1.0], in_feature="c5",
+        channels=1024, init_std=0.01,
+    )  # fmt: skip
+    fill_with_random_weights(model)
+    with torch.no_grad():
+        backbone.conv1.weight.div_(60)  # pixels are not divided by their deviation
+    return model.to(memory_format=torch.channels_last)
+
+
 def copy_weights(theirs: nn.Module, model: TwoStageDetector) -> None:
     """The weights of torchvision's network; those of offsets, which it does not have, stay."""
     arrays = {name: value.numpy() for name, value in theirs.state_dict().items()}
@@ -267,16 +304,16 @@ def copy_weights(theirs: nn.Module, model: TwoStageDetector) -> None:
 
 
 @torch.no_grad()
-def move_samples(model: TwoStageDetector, batch: Batch) -> None:
+def move_samples(model: Any, batch: Batch) -> None:
     """Random weights for what a deformable layer computes its samples from: normal offsets with a
-    deviation of a pixel, and masks around 1/2, for which the layer's own weights make up."""
+    deviation of a pixel, and in v2 masks around 1/2, for which the layer's own weights make up."""
     generator = torch.Generator(batch.images.device).manual_seed(2)
 
     def prepare(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, DeformConv2d)
         deviation = (9 * inputs[0].square().mean(dim=(0, 2, 3)).sum()).sqrt()
         layer.offset.weight.normal_(generator=generator).div_(deviation)
-        layer.weight.mul_(2)
+        layer.weight.mul_(2 if layer.spec.modulated else 1)
 
     layers = [layer for layer in model.backbone.modules() if isinstance(layer, DeformConv2d)]
     hooks = [layer.register_forward_pre_hook(prepare) for layer in layers]
@@ -291,7 +328,7 @@ def move_samples(model: TwoStageDetector, batch: Batch) -> None:
 
 def pictures(number: int, size: Size) -> Batch:
     """Images of random colours that run into each other, with objects anywhere, small ones as
-    frequent as large ones."""
+    frequent as large ones; label maps are random squares."""
     generator = torch.Generator().manual_seed(0)
     height, width = size.height, size.width
     grid = torch.rand(number, 3, height // 32, width // 32, generator=generator)
@@ -304,7 +341,11 @@ def pictures(number: int, size: Size) -> Batch:
         corners = random[1] * (whole - sides)
         boxes = torch.cat([corners, corners + sides], 1)
         labels = torch.randint(CLASSES, (OBJECTS,), generator=generator)
-        targets.append(Target(image, (height, width), boxes, labels, ignored=boxes[:0]))
+        squares = torch.randint(SCENE_CLASSES, (height // 32, width // 32), generator=generator)
+        scene = squares.byte().repeat_interleave(32, 0).repeat_interleave(32, 1)
+        targets.append(
+            Target(image, (height, width), boxes, labels, ignored=boxes[:0], label_map=scene)
+        )
     sizes = [(height, width)] * number
     return Batch(images, sizes, targets, [1.0] * number, list(range(number)))
 
@@ -337,7 +378,7 @@ def _training_step(model: nn.Module, forward: Callable[[], dict[str, Tensor]]) -
 
 
 def _prepared(
-    what: What, size: Size, device: torch.device
+    what: What, quick: bool, device: torch.device
 ) -> tuple[dict[Network, Callable[[], Any]], dict[Network, str]]:
     """What is to be measured, each called once; and why others are not."""
     runs: dict[Network, Callable[[], Any]] = {}
@@ -348,7 +389,7 @@ def _prepared(
         if what == "train" and network.kind == "mask_rcnn":
             continue
         try:
-            run = network.run(what, size, device)
+            run = network.run(what, network.size(quick), device)
             found = run()
         except RuntimeError as error:
             failed[network] = first_line(error)
@@ -423,8 +464,9 @@ def _memory_meter(
 def measured_memory(line: str, quick: bool) -> float | None:
     """For "test" or "train" and a network's number, the MB that it takes at its peak."""
     what, number = line.split()
-    network, size = NETWORKS[int(number)], QUICK if quick else FULL
-    return forked(partial(network.run, cast(What, what), size, torch.device("cpu")))
+    network = NETWORKS[int(number)]
+    run = partial(network.run, cast(What, what), network.size(quick), torch.device("cpu"))
+    return forked(run)
 
 
 def _figures(
@@ -452,12 +494,16 @@ def _figures(
 def _head(report: dict[str, Any]) -> Iterator[str]:
     yield from machine_lines(report["machine"])
     yield ""
-    size = f"{report['height']} x {report['width']} pixels"
-    doing = {
-        "test": f"an image of {size} in memory -> detections",
-        "train": f"a training step of {report['images']} images of {size}",
-    }
-    yield f"ResNet-{report['depth']} with FPN, {doing[report['benchmark']]}"
+    for name, part, found in (
+        ("{} with FPN", report, "detections"), ("DeepLab, {}", report["deeplab"], "labels"),
+    ):  # fmt: skip
+        size = f"{part['height']} x {part['width']} pixels"
+        doing = {
+            "test": f"an image of {size} in memory -> {found}",
+            "train": f"a training step of {report['images']} images of {size}",
+        }
+        network = name.format(f"ResNet-{part['depth']}")
+        yield f"{network}, {doing[report['benchmark']]}"
 
 
 def _rows(report: dict[str, Any]) -> Iterator[str]:
