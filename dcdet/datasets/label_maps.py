@@ -3,8 +3,12 @@
 K classes. In memory a label map is (H, W) uint8: labels 0..K-1, or UNLABELLED.
 """
 
-from collections.abc import Iterable, Sequence
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +18,12 @@ from torch import Tensor
 
 from dcdet.boxes import Pixels, Scale
 from dcdet.datasets.loader import DataSection, DetectionDataset, Pick, View
-from dcdet.datasets.records import Problem
+from dcdet.datasets.records import Problem, ProblemList, path_inside
 from dcdet.datasets.transforms import MAX_PIXELS, BadImage, opened, place_labels, read_image
 from dcdet.errors import UserError
 from dcdet.structures import UNLABELLED, Batch, Sample, Target
+
+log = logging.getLogger("dcdet.datasets")
 
 MAX_CLASSES = 254
 WRONG = 254  # in a table: no label
@@ -71,15 +77,68 @@ class SegmentationReader:
         return read_label_map(record.label_path, self.table)
 
 
-def value_table(labels: Iterable[int], ignore: Iterable[int] = ()) -> NDArray[np.uint8]:
+def files_in(folders: Iterable[str], pattern: str, found: ProblemList) -> dict[str, str]:
+    """The paths of the files whose whole names match, in order, by the first group of `pattern`.
+
+    A link that leads out of its folder and a name that repeats are problems. Raises UserError for a
+    folder that cannot be read.
+    """
+    files: dict[str, str] = {}
+    for folder in folders:
+        try:
+            entries = sorted(os.listdir(folder))
+        except OSError as error:
+            known = sorted(p.name for p in Path(folder).parent.glob("*") if p.is_dir())
+            hint = "there are: " + ", ".join(known[:10]) if known else "is data.*.root right?"
+            raise UserError(folder, error.strerror or str(error), hint) from error
+        for match in filter(None, (re.fullmatch(pattern, entry) for entry in entries)):
+            name, path = match[1], path_inside(folder, match[0])
+            if path is None:
+                what = f"{match[0]} leads out of the data set's folder"
+                found.add(folder, what, "path leaves the folder", name, fatal=True)
+            elif name in files:
+                found.add(path, f"has the same name as {files[name]}", "repeated name", name)
+            else:
+                files[name] = path
+    return files
+
+
+def pair(
+    images: Mapping[str, str],
+    maps: Mapping[str, str],
+    found: ProblemList,
+    folders: tuple[str, str],
+    *,
+    unlabelled: bool = False,
+) -> list[LabelledImage]:
+    """The images with the label maps of the same names; one without the other is a problem.
+
+    `unlabelled`: where there is no label map at all, images come without. `folders`, of the images
+    and of the label maps, are for messages.
+    """
+    if unlabelled and images and not maps:
+        log.warning("%s: no label map, so that nothing can be learnt or measured", folders[1])
+        return [LabelledImage(path, name, None) for name, path in images.items()]
+    for one, other, what in ((images, maps, "label map"), (maps, images, "image")):
+        for name in one:
+            if name not in other:
+                found.add(one[name], f"has no {what}", f"without {what}", name)
+    records = [LabelledImage(images[name], name, maps[name]) for name in images if name in maps]
+    if not records:
+        what = f"no image has a label map of its name in {folders[1]}" if images else "no images"
+        found.add(folders[0], what, "no images", fatal=True)
+    return records
+
+
+def value_table(labels: Sequence[int], ignore: Iterable[int] = ()) -> NDArray[np.uint8]:
     """The table of a data set whose files have these values for the labels 0, 1, ...
 
-    `ignore` are values without a label; 255 always is. A value of -1 is not in any file.
+    `ignore` are values without a label; 255 always is. UserError for too many labels.
     """
+    if len(labels) > MAX_CLASSES:
+        raise UserError("data.classes", f"{len(labels)} classes, at most {MAX_CLASSES} fit")
     table = np.full(256, WRONG, dtype=np.uint8)
-    for label, value in enumerate(labels):
-        if value >= 0:
-            table[value] = label
+    table[list(labels)] = np.arange(len(labels))
     table[[*ignore, 255]] = UNLABELLED
     return table
 
@@ -100,6 +159,12 @@ def read_label_map(path: str, table: NDArray[np.uint8]) -> LabelMap:
             values = np.asarray(image)
     except BadImage as error:
         raise BadLabels(path, str(error)) from error
+    return labels_of(values, table, path)
+
+
+def labels_of(values: NDArray[Any], table: NDArray[np.uint8], path: str) -> LabelMap:
+    """A file's values (H, W), whole numbers or truth values, as labels; BadLabels if `table` does
+    not have them."""
     if values.dtype != np.uint8:  # a bitmap, or 16 and 32 bits
         if values.min() < 0 or values.max() > 255:
             raise BadLabels(

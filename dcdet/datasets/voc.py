@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 from xml.parsers import expat
@@ -58,14 +58,14 @@ class VOC:
         self._found = ProblemList(strict)
         self._labels = {name: label for label, name in enumerate(self.classes)}
         roots = [root] if isinstance(root, str) else root
-        self._read_sets([_split_set(part, r) for part in image_set.split("+") for r in roots])
+        self._read_sets([split_set(part, r) for part in image_set.split("+") for r in roots])
         self.problems: list[Problem] = self._found.finish(self.name, len(self.records))
 
     def _read_sets(self, sets: list[tuple[str, str]]) -> None:
         folders: dict[str, str] = {}  # image id -> the folder it came from
         for folder, image_set in sets:
             listing = os.path.join(folder, "ImageSets", "Main", image_set + ".txt")
-            for line, name in _read_list(listing):
+            for line, name in read_list(listing):
                 where = f"{listing}:{line}"
                 if folders.get(name) == folder:
                     self._found.add(where, f"image {name} is listed twice", "duplicate image", name)
@@ -85,14 +85,11 @@ class VOC:
 
     def _read_image(self, folder: str, name: str, image_id: str, where: str) -> Record | None:
         annotation = path_inside(os.path.join(folder, "Annotations"), name + ".xml")
-        images = os.path.join(folder, "JPEGImages")
-        paths = [path_inside(images, name + suffix) for suffix in SUFFIXES]
-        if annotation is None or None in paths:
+        path = find_file(os.path.join(folder, "JPEGImages"), name, SUFFIXES)
+        if annotation is None or path is None:
             what = f"image name {name!r} leads out of the data set's folder"
             self._found.add(where, what, "path leaves the folder", image_id, fatal=True)
             return None
-        path = next((p for p in paths if p and os.path.exists(p)), paths[0])
-        assert path is not None
         try:
             tree = parse_xml(read_file(annotation, MAX_XML_BYTES))
         except (OSError, ValueError) as error:
@@ -172,7 +169,7 @@ class VOC:
         )
 
 
-def _split_set(part: str, root: str) -> tuple[str, str]:
+def split_set(part: str, root: str) -> tuple[str, str]:
     """("2007_trainval", root) -> (root/VOC2007, "trainval"); any other name stays whole."""
     match = re.fullmatch(r"(\d{4})_(.+)", part)
     if match:
@@ -180,7 +177,7 @@ def _split_set(part: str, root: str) -> tuple[str, str]:
     return root, part
 
 
-def _read_list(path: str) -> Iterator[tuple[int, str]]:
+def read_list(path: str) -> Iterator[tuple[int, str]]:
     """(line number, image name) of every line; a name may contain spaces."""
     try:
         lines = read_file(path).decode("utf-8-sig").splitlines()
@@ -193,6 +190,17 @@ def _read_list(path: str) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield number, line.strip()
+
+
+def find_file(folder: str, name: str, suffixes: Sequence[str]) -> str | None:
+    """The file `name` with the first suffix that is there, or where none is, with the first.
+
+    None where the name leads out of the folder.
+    """
+    paths = [path_inside(folder, name + suffix) for suffix in suffixes]
+    if None in paths:
+        return None
+    return next((path for path in paths if path and os.path.exists(path)), paths[0])
 
 
 def parse_xml(data: bytes) -> ElementTree.Element:
