@@ -68,6 +68,7 @@ class Experiment:
 @functools.cache
 def roles() -> dict[str, dict[str, type]]:
     """The table: role -> name -> class. Imports torch, hence a function."""
+    from dcdet.datasets.cityscapes import Cityscapes
     from dcdet.datasets.coco import COCO
     from dcdet.datasets.label_folder import LabelFolder
     from dcdet.datasets.shapes import Shapes
@@ -92,7 +93,13 @@ def roles() -> dict[str, dict[str, type]]:
         "rpn": {"RPNHead": RPNHead},
         "roi_head": {"RFCNHead": RFCNHead, "BoxHead": BoxHead},
         "mask_head": {"MaskHead": MaskHead},
-        "dataset": {"VOC": VOC, "COCO": COCO, "Shapes": Shapes, "LabelFolder": LabelFolder},
+        "dataset": {
+            "VOC": VOC,
+            "COCO": COCO,
+            "Shapes": Shapes,
+            "LabelFolder": LabelFolder,
+            "Cityscapes": Cityscapes,
+        },
         "evaluator": {
             "VOCEvaluator": VOCEvaluator,
             "COCOEvaluator": COCOEvaluator,
