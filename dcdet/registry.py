@@ -73,6 +73,7 @@ def roles() -> dict[str, dict[str, type]]:
     from dcdet.datasets.label_folder import LabelFolder
     from dcdet.datasets.shapes import Shapes
     from dcdet.datasets.voc import VOC
+    from dcdet.datasets.voc_segmentation import VOCSegmentation
     from dcdet.evaluators.coco import COCOEvaluator
     from dcdet.evaluators.miou import MIoUEvaluator
     from dcdet.evaluators.voc import VOCEvaluator
@@ -99,6 +100,7 @@ def roles() -> dict[str, dict[str, type]]:
             "Shapes": Shapes,
             "LabelFolder": LabelFolder,
             "Cityscapes": Cityscapes,
+            "VOCSegmentation": VOCSegmentation,
         },
         "evaluator": {
             "VOCEvaluator": VOCEvaluator,
