@@ -100,14 +100,6 @@ class Batch:
         ]
         return replace(self, images=self.images.to(device, non_blocking=True), targets=targets)
 
-    def normalised(self, mean: Tensor, std: Tensor) -> Tensor:
-        """What a backbone sees, (B, 3, Hp, Wp) float32: mean, std (3, 1, 1), padding 0."""
-        x = (self.images.float() - mean) / std
-        for image, (height, width) in enumerate(self.sizes):
-            x[image, :, height:] = 0
-            x[image, :, :, width:] = 0
-        return x
-
 
 @dataclass(frozen=True)
 class Detections:

@@ -82,3 +82,21 @@ def write_coco(root: Path, content: Any, image_set: str = "train") -> Path:
         file = root / image_set / image["file_name"]
         cv2.imwrite(str(file), picture((image["height"], image["width"]), seed))
     return root
+
+
+def write_scenes(
+    root: Path, splits: Mapping[str, int], size: tuple[int, int] = (48, 64), classes: int = 3
+) -> Path:
+    """So many images of each split, in squares of 8 pixels whose grey is that of their class, with
+    their label maps: images/SPLIT/*.png, labels/SPLIT/*.png."""
+    for split, number in splits.items():
+        for kind in ("images", "labels"):
+            (root / kind / split).mkdir(parents=True)
+        for index in range(number):
+            random = np.random.default_rng(index)
+            squares = random.integers(classes, size=(-(-size[0] // 8), -(-size[1] // 8)))
+            labels = squares.repeat(8, 0).repeat(8, 1)[: size[0], : size[1]].astype(np.uint8)
+            image = np.repeat((labels * (255 // classes))[..., None], 3, axis=2)
+            cv2.imwrite(str(root / "images" / split / f"{index}.png"), image)
+            cv2.imwrite(str(root / "labels" / split / f"{index}.png"), labels)
+    return root

@@ -21,9 +21,12 @@ from dcdet.errors import UserError
 from dcdet.weights.mxnet import own_name, read, translate
 
 FILE = Path("some.params")
-SYSTEMS = ("rfcn", "faster_rcnn", "fpn")
+SYSTEMS = ("rfcn", "faster_rcnn", "fpn", "deeplab")
 RELEASED = sorted(path for name in SYSTEMS for path in (ROOT / "configs" / name).glob("*.yaml"))
-RECORDED = [path for path in RELEASED if path.stem in ("rfcn_dcn_r101_coco", "fpn_dcn_r101_coco")]
+RECORDED = [
+    path for path in RELEASED
+    if path.stem in ("rfcn_dcn_r101_coco", "fpn_dcn_r101_coco", "deeplab_dcn_r101_cityscapes")
+]  # fmt: skip
 STD = (0.1, 0.1, 0.2, 0.2)
 SMALL = {
     "arg:w": np.arange(24, dtype=np.float32).reshape(2, 3, 2, 2),
@@ -203,7 +206,7 @@ def test_garbage_loads_or_is_refused(tail: bytes) -> None:
 
 def test_names_that_the_release_never_had() -> None:
     for strange in (
-        "fc1_weight", "fc6_weight", "data", "", "conv1", "_weight", "res6a_branch1_weight",
+        "fc1_weight", "fc7_weight", "data", "", "conv1", "_weight", "res6a_branch1_weight",
         "res2a_branch3_weight", "res2a_branch2d_weight", "res4b100_branch2a_weight",
         "fpn_p7_weight", "offset_p6_bias", "stage1_conv1_weight", "res2a_branch2a_weight_test",
     ):  # fmt: skip
@@ -223,7 +226,7 @@ def test_every_name_comes_back(config: Path) -> None:
 def test_a_recorded_network_has_the_models_values(shared: Path, config: Path) -> None:
     """The same weights as those of the golden tests, whose names and scales stand in `golden.py`;
     what is recorded is the test network."""
-    network = config.stem.removesuffix("_r101_coco")
+    network = config.stem.rpartition("_r101_")[0]
     model = build_model(load_config(config))
     wanted = release_weights(model, shared, network, test_time=True)
     param = load_param_module(shared).param
@@ -234,10 +237,33 @@ def test_a_recorded_network_has_the_models_values(shared: Path, config: Path) ->
         for name, shape in recorded[kind].items()
     }
     found = translate(arrays, torch.tensor(STD), FILE)
-    assert (found.unknown, found.backbone_only, len(found.notes)) == ([], False, 2)
+    notes = 0 if network == "deeplab_dcn" else 2  # about box weights
+    assert (found.unknown, found.backbone_only, len(found.notes)) == ([], False, notes)
     assert found.values.keys() == wanted.keys() == found.entries.keys()
     for name, value in wanted.items():
         assert torch.equal(found.values[name], value), name
+
+
+def bilinear(side: int) -> np.ndarray:
+    """MXNet's formula for the weights of a bilinear upsampling."""
+    factor = np.ceil(side / 2)
+    centre = (2 * factor - 1 - factor % 2) / (2 * factor)
+    kernel = np.zeros((side, side), np.float32)
+    for y in range(side):
+        for x in range(side):
+            kernel[y, x] = (1 - abs(x / factor - centre)) * (1 - abs(y / factor - centre))
+    return np.tile(kernel, (3, 1, 1, 1))
+
+
+def test_the_upsampling_must_be_bilinear() -> None:
+    for side in (32, 16, 4):
+        found = translate({"arg:upsampling_weight": bilinear(side)}, None, FILE)
+        assert (found.values, found.unknown, found.notes) == ({}, [], [])
+    changed = bilinear(32)
+    changed[1, 0, 3, 5] += 1e-3
+    for array in (changed, bilinear(32)[0, 0], np.zeros((3, 1, 32, 32), np.float32)):
+        with pytest.raises(UserError, match="arg:upsampling_weight: is not the bilinear"):
+            translate({"arg:upsampling_weight": array}, None, FILE)
 
 
 # The two kinds of box weights.

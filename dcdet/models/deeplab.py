@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dcdet.errors import require
 from dcdet.models.init import init_layers
+from dcdet.models.two_stage import normalised
 from dcdet.structures import UNLABELLED, Batch, Segmentation
 
 
@@ -143,7 +144,7 @@ class DeepLab(nn.Module):
 
     def normalised(self, batch: Batch) -> Tensor:
         """What the backbone sees, (B, 3, H, W) float32; padding is 0."""
-        return batch.normalised(self.pixel_mean, self.pixel_std)
+        return normalised(batch, self.pixel_mean, self.pixel_std)
 
     def logits(self, x: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> scores (B, K, H, W) float32."""

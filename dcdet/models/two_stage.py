@@ -170,9 +170,18 @@ class TwoStageDetector(nn.Module):
 
     def normalised(self, batch: Batch) -> Tensor:
         """What the backbone sees, (B, 3, H, W) float32; padding is 0."""
-        return batch.normalised(self.pixel_mean, self.pixel_std)
+        return normalised(batch, self.pixel_mean, self.pixel_std)
 
     def maps(self, x: Tensor) -> dict[str, Tensor]:
         """Normalised images (B, 3, H, W) -> maps by name."""
         maps = self.backbone(x.contiguous(memory_format=torch.channels_last))
         return maps if self.neck is None else self.neck(maps)
+
+
+def normalised(batch: Batch, mean: Tensor, std: Tensor) -> Tensor:
+    """The images (B, 3, H, W) float32, less mean and by std (3, 1, 1); padding is 0."""
+    x = (batch.images.float() - mean) / std
+    for image, (height, width) in enumerate(batch.sizes):
+        x[image, :, height:] = 0
+        x[image, :, :, width:] = 0
+    return x
