@@ -178,7 +178,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "a checkpoint; where a new run of train starts from",
     },
     "--config": {"type": Path, "metavar": "CONFIG", "help": "of the model to be filled"},
-    "--score-threshold": {"type": _share, "metavar": "X", "default": 0.5, "help": "default: 0.5"},
+    "--score-threshold": {"type": _share, "metavar": "X", "help": "of detections; default: 0.5"},
     "--json": {"type": _new_file, "metavar": "FILE", "help": "write every figure to FILE, too"},
     "--quick": {"action": "store_true", "help": "small cases, to see that all works"},
     "--seconds": {
@@ -192,7 +192,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "action": "append",
         "default": [],
         "help": "a place in the image, to be repeated for more; default: the middles of the five"
-        " best detections, or without any a grid",
+        " best detections or commonest classes, or without any a grid",
     },
     "--debug": {"action": "store_true", "help": "show tracebacks and more messages"},
 }

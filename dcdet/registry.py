@@ -123,7 +123,7 @@ def check(config: Config) -> Experiment:
 
 def task_of(config: Config) -> str:
     """What the config's model is for: "detection", or "segmentation"."""
-    return getattr(_lookup(config.model, "model"), "task", "detection")
+    return getattr(lookup(config.model, "model"), "task", "detection")
 
 
 def _check_task(config: Config) -> None:
@@ -132,7 +132,7 @@ def _check_task(config: Config) -> None:
         (config.data, "train", "dataset"), (config.data, "test", "dataset"),
         (config.test, "evaluator", "evaluator"),
     ):  # fmt: skip
-        other = getattr(_lookup(section[key], role), "task", "detection")
+        other = getattr(lookup(section[key], role), "task", "detection")
         if other != task:
             raise UserError(
                 section[key].where("type"), f"{section[key].type} is for {other}",
@@ -150,13 +150,13 @@ def build(node: Config, role: str, **context: Any) -> Any:
     names of SUPPLIED. Nodes with a `type` of their own (a model's backbone) come built, through
     `context`. Raises UserError.
     """
-    cls = _lookup(node, role)
+    cls = lookup(node, role)
     for name in SUPPLIED[role] - set(_parameters(cls)):
         context.pop(name, None)
     return _construct(cls, {**_arguments(cls, node, role, context), **context}, node)
 
 
-def _lookup(node: Config, role: str) -> type:
+def lookup(node: Config, role: str) -> type:
     """The class that a node's `type` names."""
     table = roles()[role]
     if "type" not in node:
@@ -257,7 +257,7 @@ def _arguments(cls: type, node: Config, role: str, context: Collection[str] = ()
         if child_role is None or (value is None and type(None) in get_args(hints[key])):
             arguments[key] = _convert(value, hints[key], key, place)
         elif isinstance(value, Config):
-            _arguments(_lookup(value, child_role), value, child_role)
+            _arguments(lookup(value, child_role), value, child_role)
             arguments[key] = value
         else:
             what = f"'{key}' must be a mapping with a type, got {short(value)}"

@@ -299,7 +299,7 @@ def test_what_offsets_is_given(calls: list[Any], weights: str) -> None:
         assert cli.main([*words, *given]) == 0
         config, path, image, output, options = calls[-1]
         assert (config.seed, path, image, output) == (2, Path(weights), weights, Path("o"))
-        assert options == {"points": points, "score_threshold": 0.5, "device": None}
+        assert options == {"points": points, "score_threshold": None, "device": None}
 
 
 @pytest.mark.parametrize(

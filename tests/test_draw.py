@@ -142,7 +142,7 @@ def test_text_contrasts_with_its_label(label):
     [(600, r"a very long name 0\.50"), (90, r"a v.*\w… 0\.50"), (38, r"0\.50")],
 )
 def test_long_name_is_shortened_and_keeps_its_score(width, expected):
-    text, font = draw._fit("a very long name", "0.50", 12, width)
+    text, font = draw.fit("a very long name", "0.50", 12, width)
     assert re.fullmatch(expected, text)
     assert font.getlength(text) < width
     picture = draw_detections(canvas(200, width), found([(0, 50, width, 80)]), ["a very long name"])

@@ -1,14 +1,17 @@
-"""Detection in a user's own images: pictures of what was found, and a JSON file."""
+"""Detection in, or segmentation of, a user's own images: pictures of what was found, and a JSON
+file."""
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
+from torch import nn
 
 from dcdet.datasets.loader import DataSection, View, collate
 from dcdet.datasets.transforms import BadImage, read_image
@@ -19,9 +22,10 @@ from dcdet.errors import UserError
 from dcdet.evaluators.results import segmentations, xywh
 from dcdet.masks import encode
 from dcdet.models.build import build_model
-from dcdet.registry import check
-from dcdet.structures import Batch, Detections, Sample, Target
-from dcdet.visualize.draw import draw_detections
+from dcdet.registry import check, lookup
+from dcdet.structures import UNLABELLED, Batch, Detections, Sample, Segmentation, Target
+from dcdet.visualize.draw import Colour, draw_detections
+from dcdet.visualize.segmentation import areas_of, draw_segmentation, encode_png, palette
 
 log = logging.getLogger("dcdet.demo")
 
@@ -36,24 +40,34 @@ def demo(
     inputs: Sequence[str],
     output: Path,
     *,
-    score_threshold: float = 0.5,
+    score_threshold: float | None = None,
     device: str | None = None,
 ) -> int:
-    """Detect in images, and in the images of folders; write pictures and detections.json.
+    """Detect in, or segment, images and the images of folders; write pictures, and detections.json
+    or segmentations.json.
 
-    A picture is called as its source. Nothing in `output` is overwritten: where a name is taken,
-    -2, -3 and so on is added. The command's exit code returns: 1 if inputs had to be skipped.
-    Raises UserError when no input could be used.
+    A picture is called as its source; NAME-labels.png beside that of a segmentation are its labels.
+    Nothing in `output` is overwritten: where a name is taken, -2, -3 and so on is added.
+    `score_threshold` is of detections; None: 0.5. The command's exit code returns: 1 if inputs had
+    to be skipped. Raises UserError when no input could be used.
     """
-    if not 0 <= score_threshold <= 1:
-        raise UserError("--score-threshold", f"must be from 0 to 1, got {score_threshold}")
+    threshold = threshold_of(score_threshold)
     paths, skipped = find_images(inputs)
     torch_device = pick_device(device)
     with output_folder(output):
         model = build_model(config)
         meta = load_weights(model, weights)
         model.to(torch_device).eval()
-        classes, category_ids = class_names(config, meta, weights)
+        show: Callable[[str, np.ndarray, Any], list[dict[str, Any]]]
+        if segments(model):
+            warn_of_threshold(score_threshold)
+            data_set = lookup(config.data.test, "dataset")
+            classes, category_ids = class_names(config, meta, weights, data_set)
+            colours = palette(getattr(data_set, "PALETTE", None), len(classes))
+            show = partial(_show_segmentation, output, classes, category_ids, colours)
+        else:
+            classes, category_ids = class_names(config, meta, weights)
+            show = partial(_show_detections, output, classes, category_ids, threshold)
         experiment = check(config)
         views = experiment.test.views(experiment.data.resize)
         rows: list[dict[str, Any]] = []
@@ -66,19 +80,34 @@ def demo(
                 log.warning("skipped: %s: %s", _printable(path), error)
                 continue
             [found] = detect(model, [batches], experiment.test.precision, torch_device)
-            found = at_least(found, score_threshold)
-            picture = free_path(output, picture_name(path))
-            write_picture(picture, draw_detections(image, found, classes))
-            log.info("%s: %d found, see %s", _printable(path), len(found.scores), picture)
-            rows += _rows(found, path, picture.name, classes, category_ids)
+            rows += show(path, image, found)
             done += 1
         if not done:
             name, reason = next(iter(skipped.items()))
             raise UserError(_printable(name), reason, f"none of {len(skipped)} inputs can be used")
-        results = free_path(output, "detections.json")
+        name = "segmentations.json" if segments(model) else "detections.json"
+        results = free_path(output, name)
         write_text(results, strict_json(rows))
     log.info("drew %d of %d images, see %s", done, done + len(skipped), results)
     return 1 if skipped else 0
+
+
+def segments(model: nn.Module) -> bool:
+    """Whether the model finds Segmentations, and not Detections."""
+    return getattr(model, "task", "detection") == "segmentation"
+
+
+def threshold_of(given: float | None) -> float:
+    """The score that detections must have, 0.5 if none is given; UserError if out of range."""
+    if given is not None and not 0 <= given <= 1:
+        raise UserError("--score-threshold", f"must be from 0 to 1, got {given}")
+    return 0.5 if given is None else given
+
+
+def warn_of_threshold(given: float | None) -> None:
+    """Say that a segmentation has no use for a threshold that was given."""
+    if given is not None:
+        log.warning("--score-threshold changes nothing: each pixel gets its likeliest class")
 
 
 def find_images(inputs: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -110,23 +139,31 @@ def find_images(inputs: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     return list(paths.values()), empty
 
 
-def class_names(config: Any, meta: dict[str, Any], weights: Path) -> tuple[list[str], list[int]]:
-    """Names and category ids of the labels, by the config or else by the checkpoint.
+def class_names(
+    config: Any, meta: dict[str, Any], weights: Path, data_set: type | None = None
+) -> tuple[list[str], list[int]]:
+    """Names and category ids of the labels, by the config, or else by the data set's class, if it
+    has them once and for all (`CLASSES`, `CATEGORY_IDS`), or else by the checkpoint.
 
-    Without either the names are class 0, class 1, ... and the ids count from 1.
+    Without any the names are class 0, class 1, ... and the ids count from 1, or with `data_set`, of
+    segmentations, from 0.
     """
     number = config.model.num_classes
     trained = meta.get("classes")
-    given = config.data.classes
+    fixed = getattr(data_set, "CLASSES", None)
+    given = config.data.classes if config.data.classes is not None else fixed
     if given is not None and len(given) != number:
         raise UserError(
             config.where("data.classes"), f"{len(given)} names, but model.num_classes is {number}"
         )
     if given is not None and trained is not None and list(given) != list(trained):
         log.warning("%s was trained for other class names: %s", weights, ", ".join(trained))
-    names = given or trained or [f"class {label}" for label in range(number)]
-    ids = meta.get("category_ids") if list(names) == trained else None
-    return list(names), list(ids or range(1, number + 1))
+    names = list(given or trained or [f"class {label}" for label in range(number)])
+    ids = meta.get("category_ids") if names == trained else None
+    if ids is None and fixed is not None and names == list(fixed):
+        ids = getattr(data_set, "CATEGORY_IDS", None)
+    first = 1 if data_set is None else 0
+    return names, list(ids or range(first, first + number))
 
 
 def read_views(
@@ -176,13 +213,73 @@ def write_picture(path: Path, image: np.ndarray) -> None:
     """Write an RGB image as a new file; FileExistsError if there is one."""
     options = [cv2.IMWRITE_JPEG_QUALITY, 95] if path.suffix == ".jpg" else []
     _, encoded = cv2.imencode(path.suffix, image[..., ::-1], options)
+    write_new(path, encoded.tobytes())
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Write a new file; FileExistsError if there is one."""
     with open(path, "xb") as file:
         try:
-            file.write(encoded.tobytes())
+            file.write(content)
             file.flush()
         except OSError:
             path.unlink()
             raise
+
+
+def _show_detections(
+    output: Path,
+    classes: Sequence[str],
+    category_ids: Sequence[int],
+    threshold: float,
+    path: str,
+    image: np.ndarray,
+    found: Detections,
+) -> list[dict[str, Any]]:
+    """Draw what was found in an image; its rows for the JSON file."""
+    found = at_least(found, threshold)
+    picture = free_path(output, picture_name(path))
+    write_picture(picture, draw_detections(image, found, classes))
+    log.info("%s: %d found, see %s", _printable(path), len(found.scores), picture)
+    return list(_rows(found, path, picture.name, classes, category_ids))
+
+
+def _show_segmentation(
+    output: Path,
+    classes: Sequence[str],
+    category_ids: Sequence[int],
+    colours: Sequence[Colour],
+    path: str,
+    image: np.ndarray,
+    found: Segmentation,
+) -> list[dict[str, Any]]:
+    """Draw an image's labels, and write them; its row for the JSON file."""
+    labels = found.labels.numpy()
+    picture = free_path(output, picture_name(path))
+    write_picture(picture, draw_segmentation(image, labels, classes, colours))
+    label_map = free_path(output, f"{picture.stem}-labels.png")
+    write_new(label_map, encode_png(labels, colours))
+    areas = areas_of(labels)
+    log.info("%s: %d classes, see %s", _printable(path), len(areas), picture)
+    unknown = int((labels == UNLABELLED).sum())
+    if unknown:
+        log.warning("%s: %d pixels were not finite", _printable(path), unknown)
+    return [
+        {
+            "image": path,
+            "picture": picture.name,
+            "labels": label_map.name,
+            "classes": [
+                {
+                    "category_id": category_ids[label],
+                    "name": classes[label],
+                    "pixels": pixels,
+                    "share": pixels / labels.size,
+                }
+                for label, pixels in areas.items()
+            ],
+        }
+    ]
 
 
 def _rows(

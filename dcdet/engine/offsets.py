@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -30,17 +31,22 @@ from dcdet.engine.demo import (
     free_path,
     picture_name,
     read_views,
+    segments,
+    threshold_of,
+    warn_of_threshold,
     write_picture,
 )
 from dcdet.engine.evaluate import detect
 from dcdet.engine.runtime import autocast, output_folder, pick_device, strict_json, write_text
 from dcdet.errors import UserError
 from dcdet.models.build import build_model
+from dcdet.models.deeplab import DeepLab
 from dcdet.models.resnet import DeformConv2d
 from dcdet.models.two_stage import TwoStageDetector
-from dcdet.registry import check
-from dcdet.structures import Batch, Detections
+from dcdet.registry import check, lookup
+from dcdet.structures import UNLABELLED, Batch, Detections
 from dcdet.visualize.offsets import draw_parts, draw_points
+from dcdet.visualize.segmentation import areas_of
 
 log = logging.getLogger("dcdet.offsets")
 
@@ -57,20 +63,20 @@ def offsets(
     output: Path,
     *,
     points: Sequence[Point] = (),
-    score_threshold: float = 0.5,
+    score_threshold: float | None = None,
     device: str | None = None,
 ) -> int:
     """Draw what a trained network's offsets do in an image, and write the numbers as JSON.
 
     Each point gets a picture NAME-points.png, each detection one of its RoI's parts,
     NAME-parts.png; NAME-offsets.json holds the numbers in original image pixels. Shown are the best
-    detections of at least `score_threshold`, and the points in their middles; without detections a
-    grid of four points. With `points` these are shown, and the detections around them. The image is
-    seen at `data.resize` alone. Nothing in `output` is overwritten. The command's exit code
-    returns. Raises UserError.
+    detections of at least `score_threshold` (None: 0.5), and the points in their middles; of a
+    segmentation, points in the largest areas of the commonest classes; without either a grid of
+    four points. With `points` these are shown, and the detections around them. The image is seen at
+    `data.resize` alone. Nothing in `output` is overwritten. The command's exit code returns. Raises
+    UserError.
     """
-    if not 0 <= score_threshold <= 1:
-        raise UserError("--score-threshold", f"must be from 0 to 1, got {score_threshold}")
+    threshold = threshold_of(score_threshold)
     experiment = check(config)
     try:
         pixels, [batch] = read_views(image, experiment.data, [View(experiment.data.resize)])
@@ -82,30 +88,37 @@ def offsets(
             what = f"{x:g},{y:g} is not in the image of {width} x {height} pixels"
             raise UserError("--point", what, "X,Y counts from the top left corner")
     torch_device = pick_device(device)
-    model = cast(TwoStageDetector, build_model(config))
+    model: Any = build_model(config)
     has_points, has_parts = _what_deforms(model, config, bool(points))
     meta = load_weights(model, weights)
     model.to(torch_device).eval()
-    classes, category_ids = class_names(config, meta, weights)
+    segmented = segments(model)
+    data_set = lookup(config.data.test, "dataset") if segmented else None
+    classes, category_ids = class_names(config, meta, weights, data_set)
 
     precision = experiment.test.precision
     report: dict[str, Any] = {"image": image, "width": width, "height": height}
     with output_folder(output), autocast(torch_device, precision):
         [found] = detect(model, [[batch]], precision, torch_device)
-        found = at_least(found, score_threshold)
-        if points:
-            found = _select(found, _around(found.boxes, points))
-        elif not len(found.scores):
-            what = f"no detection has a score of {score_threshold:g} or more"
-            if not has_points:
-                raise UserError(image, what, "a lower --score-threshold may show some")
-            log.info("%s: a grid of points is shown instead", what)
-        found = _select(found, slice(MAX_SHOWN))
+        if segmented:
+            warn_of_threshold(score_threshold)
+            default = _inner_places(found.labels.numpy())
+        else:
+            found = at_least(found, threshold)
+            if points:
+                found = _select(found, _around(found.boxes, points))
+            elif not len(found.scores):
+                what = f"no detection has a score of {threshold:g} or more"
+                if not has_points:
+                    raise UserError(image, what, "a lower --score-threshold may show some")
+                log.info("%s: a grid of points is shown instead", what)
+            found = _select(found, slice(MAX_SHOWN))
+            default = _middles(found.boxes, (height, width))
         batch = batch.to(torch_device)
         stem = Path(picture_name(image)).stem
         save = partial(_save, output, stem)
         if has_points:
-            places = points or _middles(found.boxes, (height, width))
+            places = points or default or _grid((height, width))
             seen = sampling_points(model, batch, places)
             limits = torch.tensor([width, height])
             inside = ((seen.positions >= 0) & (seen.positions < limits)).all(-1)
@@ -126,6 +139,12 @@ def offsets(
                     places, seen.centres, seen.positions, seen.weights, strict=True
                 )
             ]
+            if segmented:
+                for row, (x, y) in zip(report["points"], places, strict=True):
+                    label = int(found.labels[int(y), int(x)])
+                    known = label != UNLABELLED
+                    row["category_id"] = category_ids[label] if known else None
+                    row["name"] = classes[label] if known else None
         if has_parts:
             parts = roi_parts(model, batch, found)
             ones = [_select(found, slice(index, index + 1)) for index in range(len(parts))]
@@ -166,7 +185,10 @@ class SamplingPoints:
 
 @torch.no_grad()
 def sampling_points(
-    model: TwoStageDetector, batch: Batch, points: Sequence[Point], stage: str | None = None
+    model: TwoStageDetector | DeepLab,
+    batch: Batch,
+    points: Sequence[Point],
+    stage: str | None = None,
 ) -> SamplingPoints:
     """The sampling points behind the output pixels at `points`, for a batch of one image.
 
@@ -259,16 +281,22 @@ def _inputs(layers: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
             hook.remove()
 
 
-def _what_deforms(model: TwoStageDetector, config: Any, points: bool) -> tuple[bool, bool]:
+def _what_deforms(
+    model: TwoStageDetector | DeepLab, config: Any, points: bool
+) -> tuple[bool, bool]:
     """Whether the model has deformable convolutions, and whether it has deformable RoI parts.
 
     Raises UserError where it lacks what is asked for.
     """
+    head = getattr(model, "roi_head", None)
     has_points = bool(getattr(model.backbone, "deformable_layers", dict)())
-    has_parts = bool(getattr(model.roi_head, "deformable", False))
+    has_parts = bool(getattr(head, "deformable", False))
     if not has_points and not has_parts:
-        what = "this network has neither deformable convolutions nor deformable RoI pooling"
-        raise UserError(config.where("model"), what, "see model.backbone.deform, model.roi_head")
+        what, hint = "this network has no deformable convolutions", "see model.backbone.deform"
+        if head is not None:
+            what = "this network has neither deformable convolutions nor deformable RoI pooling"
+            hint += ", model.roi_head"
+        raise UserError(config.where("model"), what, hint)
     if points and not has_points:
         what = "this network has no deformable convolutions, only deformable RoI pooling"
         raise UserError("--point", what, "without --point the parts of detections are shown")
@@ -296,12 +324,30 @@ def _around(boxes: Tensor, points: Sequence[Point]) -> Tensor:
 
 
 def _middles(boxes: Tensor, size: tuple[int, int]) -> list[Point]:
-    """The middles of boxes (N, 4), or four points of an image of `size` (h, w) if N is 0."""
-    height, width = size
-    if not len(boxes):
-        return [(width * i / 4, height * j / 4) for j in (1, 3) for i in (1, 3)]
+    """The middles of boxes (N, 4) in an image of `size` (h, w)."""
     boxes = box_ops.clip(boxes, size, "continuous")  # the 2017 release's FPN finds some in padding
     return [(x, y) for x, y in ((boxes[:, :2] + boxes[:, 2:]) / 2).tolist()]
+
+
+def _inner_places(labels: np.ndarray) -> list[Point]:
+    """Of each of the commonest labels (H, W), the place in its largest area that is furthest from
+    the area's edge."""
+    places = []
+    for label in list(areas_of(labels))[:MAX_SHOWN]:
+        mask = (labels == label).astype(np.uint8)
+        _, areas, about, _ = cv2.connectedComponentsWithStats(mask, connectivity=4)
+        largest = areas == 1 + about[1:, cv2.CC_STAT_AREA].argmax()
+        largest = np.pad(largest.astype(np.uint8), 1)  # the image's edge is one of the area's, too
+        depth = cv2.distanceTransform(largest, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+        y, x = np.unravel_index(depth[1:-1, 1:-1].argmax(), labels.shape)
+        places.append((x + 0.5, y + 0.5))
+    return places
+
+
+def _grid(size: tuple[int, int]) -> list[Point]:
+    """Four points of an image of `size` (h, w)."""
+    height, width = size
+    return [(width * i / 4, height * j / 4) for j in (1, 3) for i in (1, 3)]
 
 
 def _rounded(values: Tensor) -> list[Any]:

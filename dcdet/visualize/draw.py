@@ -81,7 +81,7 @@ def draw_detections(
     pen = ImageDraw.Draw(picture)
     placed: list[tuple[Rectangle, str, ImageFont.FreeTypeFont, Colour]] = []
     for box, label, score, _ in shown:
-        text, font = _fit(classes[label], f"{score:.2f}", text_size, width)
+        text, font = fit(classes[label], f"{score:.2f}", text_size, width)
         wide, high = _label_size(text, font)
         if text and high <= height:
             taken = [rectangle for rectangle, *_ in placed]
@@ -177,14 +177,14 @@ def _margin(font: ImageFont.FreeTypeFont) -> int:
     return max(2, round(0.25 * font.size))
 
 
-def _fit(name: str, score: str, size: int, width: int) -> tuple[str, ImageFont.FreeTypeFont]:
+def fit(name: str, score: str, size: int, width: int) -> tuple[str, ImageFont.FreeTypeFont]:
     """Name and score, the name shortened until its label is at most `width`; "" if none is."""
     name, font = _printable(name, size)
 
     def candidates() -> Iterable[str]:
         yield f"{name} {score}".strip()
         for length in range(len(name) - 1, 0, -1):
-            yield f"{name[:length].rstrip()}{_ELLIPSIS} {score}"
+            yield f"{name[:length].rstrip()}{_ELLIPSIS} {score}".strip()
         yield score
 
     for text in candidates():
