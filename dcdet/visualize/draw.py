@@ -183,7 +183,7 @@ def fit(name: str, score: str, size: int, width: int) -> tuple[str, ImageFont.Fr
 
     def candidates() -> Iterable[str]:
         yield f"{name} {score}".strip()
-        for length in range(len(name) - 1, 0, -1):
+        for length in range(min(len(name) - 1, width), 0, -1):  # a letter has a pixel at least
             yield f"{name[:length].rstrip()}{_ELLIPSIS} {score}".strip()
         yield score
 

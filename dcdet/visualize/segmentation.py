@@ -81,12 +81,11 @@ def draw_segmentation(
     canvas = np.ascontiguousarray(image).copy()
     table = np.zeros((256, 3), dtype=np.uint8)
     table[: len(colours)] = colours
-    paint = table[labels]
-    painted = paint.any(axis=2)
-    canvas[painted] = cv2.addWeighted(canvas, 0.5, paint, 0.5, 0)[painted]
-    reach = 2 * max(1, round(0.001 * sqrt(height * width))) + 1
-    edges = cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, np.ones((reach, reach), np.uint8)) > 0
-    canvas[painted & edges] = paint[painted & edges]
+    paint, painted = table[labels], table.max(axis=1)[labels]
+    cv2.copyTo(cv2.addWeighted(canvas, 0.5, paint, 0.5, 0), painted, canvas)
+    reach = 2 * max(1, round(0.0015 * sqrt(height * width))) + 1
+    edges = cv2.morphologyEx(labels, cv2.MORPH_GRADIENT, np.ones((reach, reach), np.uint8))
+    cv2.copyTo(paint, cv2.min(edges, painted), canvas)
 
     areas = areas_of(labels)
     shares = [pixels / labels.size for pixels in areas.values()]
