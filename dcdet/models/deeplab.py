@@ -181,7 +181,8 @@ def nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
     """Labels (H, W) resized to `size` (h, w), each pixel from the nearest, as OpenCV chooses it."""
     places = []
     for old, new in zip(labels.shape, size, strict=True):
-        index = torch.arange(new, dtype=torch.float64, device=labels.device) * (old / new)
+        # As OpenCV computes it: old / new would take another pixel here and there.
+        index = torch.arange(new, dtype=torch.float64, device=labels.device) * (1 / (new / old))
         places.append(index.floor().long().clamp(max=old - 1))
     return labels[places[0][:, None], places[1]]
 
