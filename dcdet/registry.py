@@ -132,6 +132,8 @@ def _check_task(config: Config) -> None:
         (config.data, "train", "dataset"), (config.data, "test", "dataset"),
         (config.test, "evaluator", "evaluator"),
     ):  # fmt: skip
+        if section[key] is None:
+            continue
         other = getattr(lookup(section[key], role), "task", "detection")
         if other != task:
             raise UserError(
@@ -141,6 +143,9 @@ def _check_task(config: Config) -> None:
     for key in ("random_scale", "crop"):
         if task == "detection" and config.data.get(key) is not None:
             raise UserError(config.data.where(key), f"'{key}' is for segmentation", "write null")
+    # A segmentation is resized to its image, which such pixels are no part of.
+    if task == "segmentation" and config.data.get("pad_images", 1) != 1:
+        raise UserError(config.data.where("pad_images"), "'pad_images' is for detection", "write 1")
 
 
 def build(node: Config, role: str, **context: Any) -> Any:
