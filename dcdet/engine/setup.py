@@ -1,6 +1,6 @@
 """From config sections to the objects that training and testing share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dcdet.datasets.label_maps import SegmentationDataset
@@ -18,30 +18,49 @@ FREE_ON_RESUME = (
 
 
 def build_reader(config: Any, part: str) -> Any:
-    """The reader of `data.train` or `data.test`; its classes must be as many as the model's, and a
-    mask head needs masks to learn from.
+    """The reader of `data.train` or `data.test`, which must fit the model.
 
     Raises UserError.
     """
-    reader = build(
+    reader = read_data_set(config, part)
+    for error in misfits(config, part, reader):
+        raise error
+    return reader
+
+
+def read_data_set(config: Any, part: str) -> Any:
+    """The reader of `data.train` or `data.test`. Raises UserError."""
+    return build(
         config.data[part], "dataset",
         classes=config.data.classes, pixels=config.model.get("pixels"),
     )  # fmt: skip
+
+
+def misfits(config: Any, part: str, reader: Any) -> Iterator[UserError]:
+    """Why a data set cannot be used with the config's model: other classes; to train, a mask head
+    needs masks, and the statistics of a segmentation's batches more than one image."""
     if len(reader.classes) != config.model.num_classes:
-        raise UserError(
+        yield UserError(
             config.where("model.num_classes"),
             f"{config.model.num_classes}, but data.{part} has {len(reader.classes)} classes: "
             + ", ".join(reader.classes[:8]) + (", ..." if len(reader.classes) > 8 else ""),
             f"set model.num_classes={len(reader.classes)}, or list the classes in data.classes",
         )  # fmt: skip
-    masked = config.model.get("mask_head") is not None
-    if part == "train" and masked and not have_masks(reader.records):
-        raise UserError(
+    if part != "train":
+        return
+    if config.model.get("mask_head") is not None and not have_masks(reader.records):
+        yield UserError(
             config.where("data.train"),
             "delivers no instance masks, which model.mask_head learns from",
             "add masks: true, where the data set has them, or set model.mask_head to null",
         )
-    return reader
+    batch_norm = config.model.backbone.get("norm") == "bn"
+    if task_of(config) == "segmentation" and batch_norm and config.data.batch_size == 1:
+        yield UserError(
+            config.where("data.batch_size"),
+            "1 image is too few for model.backbone.norm: bn, whose statistics are the batch's",
+            "set data.batch_size to 2 or more, or model.backbone.norm to eval_bn or frozen_bn",
+        )
 
 
 def build_dataset(
