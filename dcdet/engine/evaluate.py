@@ -23,6 +23,7 @@ from dcdet.engine.runtime import (
     write_bytes,
 )
 from dcdet.engine.setup import build_dataset, build_reader
+from dcdet.evaluators.miou import MIoUEvaluator
 from dcdet.models.build import build_model
 from dcdet.registry import build, check
 from dcdet.structures import Batch
@@ -107,7 +108,10 @@ def _evaluate(config: Any, weights: Path, output: Path, runtime: Runtime) -> int
     if evaluator.dropped:
         log.warning("%d %s were not finite and do not count", evaluator.dropped, evaluator.counted)
     masks = {f"segm {name}": value for name, value in metrics.get("segm", {}).items()}
-    for name, value in {**metrics, **masks}.items():
+    classes = {}
+    if isinstance(evaluator, MIoUEvaluator):
+        classes = {f"IoU {name}": of["IoU"] for name, of in metrics["per_class"].items()}
+    for name, value in {**classes, **metrics, **masks}.items():
         if isinstance(value, float) or value is None:
             log.info("%s %s", name, "not defined" if value is None else f"{value:.4f}")
     log.info("written: %s", ", ".join(str(output / name) for name in written))
