@@ -20,7 +20,7 @@ from dcdet.errors import UserError
 
 # Of each class its labelId, which stands in the label maps as they are downloaded, and its colour;
 # its place here is its trainId. All other labelIds, 0 to 33, are neither learnt nor measured.
-CLASSES: dict[str, tuple[int, tuple[int, int, int]]] = {
+LABELS: dict[str, tuple[int, tuple[int, int, int]]] = {
     "road": (7, (128, 64, 128)),
     "sidewalk": (8, (244, 35, 232)),
     "building": (11, (70, 70, 70)),
@@ -41,7 +41,7 @@ CLASSES: dict[str, tuple[int, tuple[int, int, int]]] = {
     "motorcycle": (32, (0, 0, 230)),
     "bicycle": (33, (119, 11, 32)),
 }
-LABEL_IDS = [label_id for label_id, _ in CLASSES.values()]
+LABEL_IDS = [label_id for label_id, _ in LABELS.values()]
 ID_TABLE = value_table(LABEL_IDS, set(range(34)) - set(LABEL_IDS))
 ENTRY = r"([^.].*)"
 IMAGE = r"([^.].*)_leftImg8bit\.png"  # not *_flip.png, which the 2017 release writes beside it
@@ -56,7 +56,9 @@ class Cityscapes(SegmentationReader):
     CITY_SEQUENCE_FRAME, as the evaluation server expects them in file names.
     """
 
-    PALETTE = tuple(colour for _, colour in CLASSES.values())
+    CLASSES = tuple(LABELS)
+    CATEGORY_IDS = tuple(LABEL_IDS)
+    PALETTE = tuple(colour for _, colour in LABELS.values())
 
     def __init__(
         self,
@@ -67,11 +69,11 @@ class Cityscapes(SegmentationReader):
         strict: bool = False,
     ) -> None:
         self.name = f"Cityscapes {split}"
-        self.classes, self.category_ids = list(CLASSES), LABEL_IDS
+        self.classes, self.category_ids = list(LABELS), LABEL_IDS
         if classes not in (None, self.classes):
             wanted = ", ".join(self.classes)
             raise UserError("data.classes", f"Cityscapes' are {wanted}, in this order", "or null")
-        self.table = value_table(range(len(CLASSES)))
+        self.table = value_table(range(len(LABELS)))
         found = ProblemList(strict)
         folders = os.path.join(root, "leftImg8bit", split), os.path.join(root, annotations, split)
         images = files_in(cities(folders[0], found), IMAGE, found)

@@ -61,7 +61,10 @@ class SegmentationReader:
 
     task = "segmentation"
     pixels: Pixels = "continuous"  # there are no boxes
-    PALETTE: Sequence[tuple[int, int, int]] | None = None  # RGB; None: visualize.draw's
+    # Of a data set that has its classes once and for all: names, ids, and colours in RGB.
+    CLASSES: Sequence[str] | None = None
+    CATEGORY_IDS: Sequence[int] | None = None
+    PALETTE: Sequence[tuple[int, int, int]] | None = None
 
     name: str
     classes: list[str]

@@ -22,11 +22,6 @@ from dcdet.datasets.voc import SUFFIXES, find_file, read_list, split_set
 from dcdet.errors import UserError, first_line
 from dcdet.visualize.segmentation import voc_palette
 
-CLASSES = [
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
-    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
-    "train", "tvmonitor",
-]  # fmt: skip
 MAX_MAT_BYTES = 4 << 20  # SBD's have some kilobytes
 
 
@@ -43,6 +38,13 @@ class VOCSegmentation(SegmentationReader):
     usual 10,582 training images. `classes` None: background and VOC's 20.
     """
 
+    CLASSES = (
+        "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat",
+        "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant",
+        "sheep", "sofa", "train", "tvmonitor",
+    )  # fmt: skip
+    PALETTE = tuple(voc_palette(21))
+
     def __init__(
         self,
         root: str,
@@ -53,9 +55,8 @@ class VOCSegmentation(SegmentationReader):
         strict: bool = False,
     ) -> None:
         self.name = f"VOC {image_set} segmentation"
-        self.classes = list(classes or CLASSES)
+        self.classes = list(classes or self.CLASSES)
         self.category_ids = list(range(len(self.classes)))
-        self.PALETTE = voc_palette(len(self.classes))
         self.table = value_table(self.category_ids)
         self._found = ProblemList(strict)
         self._images: dict[str, str] = {}

@@ -16,6 +16,7 @@ from dcdet.datasets.transforms import read_file
 from dcdet.engine import checkpoint
 from dcdet.errors import UserError
 from dcdet.models.build import build_model
+from dcdet.registry import lookup, task_of
 from dcdet.weights import Translated, detectron2, mmdet, mxnet, pickles, torchvision
 from dcdet.weights.pickles import File
 
@@ -153,8 +154,11 @@ def _classes(config: Any, of_file: list[str] | None = None) -> dict[str, Any]:
     official = test.type == "COCO" and all(
         OFFICIAL_SET.fullmatch(part) for part in (test.get("image_set") or "").split("+")
     )
+    data_set = lookup(test, "dataset")
+    fixed, fixed_ids = (getattr(data_set, name, None) for name in ("CLASSES", "CATEGORY_IDS"))
     if names is None and official and number == len(CATEGORY_IDS):
         names = CATEGORY_IDS
+    names = fixed if names is None else names
     if of_file and len(of_file) == number:
         if names is not None and list(names) != of_file:
             log.warning(
@@ -171,6 +175,9 @@ def _classes(config: Any, of_file: list[str] | None = None) -> dict[str, Any]:
     classes: dict[str, Any] = {"classes": list(names)}
     if official and all(name in CATEGORY_IDS for name in names):
         classes["category_ids"] = [CATEGORY_IDS[name] for name in names]
+    elif fixed_ids is not None and list(names) == list(fixed or ()):
+        classes["category_ids"] = list(fixed_ids)
     elif test.type != "COCO":  # whose ids stand in its annotation file
-        classes["category_ids"] = list(range(1, number + 1))
+        first = 0 if task_of(config) == "segmentation" else 1
+        classes["category_ids"] = list(range(first, first + number))
     return classes

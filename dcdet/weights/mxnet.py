@@ -202,13 +202,14 @@ def translate(arrays: dict[str, np.ndarray], box_std: Tensor | None, path: Path)
     the test network's. Raises UserError.
     """
     found: dict[str, dict[bool, str]] = {}  # dcdet's name -> whether it is X_test -> entry
-    unknown = []
+    unknown, notes = [], []
     for entry in arrays:
         prefix, _, name = entry.partition(":")
         plain = name.replace("_test", "")
         own = own_name(plain) if prefix in ("arg", "aux") else None
         if name == UPSAMPLING and prefix == "arg":
             _check_bilinear(arrays[entry], f"{path}: {entry}")
+            notes.append(f"{entry}: the bilinear upsampling, which dcdet computes")
             continue
         if own is None:
             unknown.append(entry)
@@ -216,7 +217,7 @@ def translate(arrays: dict[str, np.ndarray], box_std: Tensor | None, path: Path)
         first = found.setdefault(own, {}).setdefault(name != plain, entry)
         if first != entry:
             raise UserError(f"{path}: {entry}", f"{first} is the same parameter")
-    values, entries, notes = {}, {}, []
+    values, entries = {}, {}
     for own, pair in found.items():
         tensors = {test: tensor(arrays[entry], f"{path}: {entry}") for test, entry in pair.items()}
         if len({value.shape for value in tensors.values()}) > 1:
