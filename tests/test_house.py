@@ -95,8 +95,9 @@ def test_plain_and_deformable_siblings_differ_only_in_deformation() -> None:
         if path.name.startswith("mask_rcnn"):
             assert found == {"model.backbone.deform"}, path.name
         elif path.name.startswith("deeplab"):
-            bias = {"solver.lr_multipliers.backbone.*.offset.bias"}
-            assert found == {"model.backbone.deform"} | (bias if "r101" in path.name else set())
+            kind = "bias" if "r101" in path.name else "*"
+            rate = {f"solver.lr_multipliers.backbone.*.offset.{kind}"}
+            assert found == {"model.backbone.deform"} | rate, path.name
         elif path.name.startswith("rfcn"):
             assert found == {"model.backbone.deform", "model.roi_head.deformable"}, path.name
         else:
