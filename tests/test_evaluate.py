@@ -1,8 +1,9 @@
-"""Testing at several scales and mirrored: what `dcdet test` and `dcdet demo` share."""
+"""Testing at several scales and mirrored, as `dcdet test` and `dcdet demo` do; segmentation."""
 
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import label_sets
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from pycocotools.mask import area as mask_area
 from torch import Tensor
 
@@ -299,3 +302,190 @@ def test_two_processes_find_what_one_finds(world: World, tmp_path: Path) -> None
     assert one == two
     metrics = [(tmp_path / name / "metrics.json").read_bytes() for name in ("one", "two")]
     assert metrics[0] == metrics[1]
+
+
+# ---- segmentation
+
+
+class Labelled:
+    """A small folder of label maps and a network with random weights."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root / "data"
+        self.overrides = label_sets.folder(self.root)
+        self.weights = root / "weights.pth"
+        torch.manual_seed(0)
+        model = build_model(self.config())
+        # With zeros where blocks end, as at the start of training, all pixels look the same.
+        for name, parameter in model.named_parameters():
+            if ".bn2.weight" in name:
+                torch.nn.init.ones_(parameter)
+        torch.nn.init.normal_(model.score.weight)
+        meta = {"classes": label_sets.CLASSES}
+        checkpoint.save(self.weights, {"model": model.state_dict(), "meta": meta})
+
+    def config(self, *overrides: str) -> Config:
+        return load_config(label_sets.CONFIG, [*self.overrides, *overrides])
+
+    def test(self, output: Path, *overrides: str) -> int:
+        return evaluate.evaluate(self.config(*overrides), self.weights, output, device="cpu")
+
+    def copy(self, root: Path) -> list[str]:
+        """Overrides for a copy of the data, to be broken."""
+        shutil.copytree(self.root, root)
+        return [o.replace(str(self.root), str(root)) for o in self.overrides if "LabelFolder" in o]
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Labelled:
+    return Labelled(tmp_path_factory.mktemp("labelled"))
+
+
+def read_metrics(output: Path) -> dict[str, Any]:
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    return json.loads((output / "metrics.json").read_text(), parse_constant=refuse)
+
+
+def predictions(output: Path) -> dict[str, np.ndarray]:
+    folder = output / "predictions"
+    return {
+        str(file.relative_to(folder)): np.asarray(Image.open(file))
+        for file in folder.rglob("*.png")
+    }
+
+
+def test_segmentation(labelled: Labelled, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The figures are those of the written predictions; a second run writes the same again."""
+    with caplog.at_level(logging.INFO, "dcdet"):
+        assert labelled.test(tmp_path, "data.batch_size=1") == 0
+    metrics, found = read_metrics(tmp_path), predictions(tmp_path)
+    assert (metrics["images"], metrics["of"]) == (3, 3)
+    assert sorted(found) == ["val0.png", "val1.png", "val2.png"]
+    pairs = [(np.asarray(Image.open(labelled.root / "labels" / "val" / name)), labels)
+             for name, labels in found.items()]  # fmt: skip
+    scores = []
+    for label, name in enumerate(label_sets.CLASSES):
+        inter = sum(((truth == label) & (labels == label)).sum() for truth, labels in pairs)
+        union = sum(((truth == label) | ((labels == label) & (truth < 255))).sum()
+                    for truth, labels in pairs)  # fmt: skip
+        scores.append(inter / union)
+        assert metrics["per_class"][name]["IoU"] == pytest.approx(scores[-1])
+        assert f"IoU {name} {scores[-1]:.4f}" in caplog.messages
+    assert metrics["mIoU"] == pytest.approx(sum(scores) / 3)
+    assert 0.05 < metrics["mIoU"] < 0.6
+    assert len(np.unique(np.concatenate([labels for _, labels in pairs]))) > 1
+    assert f"mIoU {metrics['mIoU']:.4f}" in caplog.messages
+    assert any(message.startswith("evaluated 3 of 3 images") for message in caplog.messages)
+    assert not any("trained for other" in message for message in caplog.messages)
+
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    (tmp_path / "predictions" / "val1.png").write_text("from a run that was killed")
+    assert labelled.test(tmp_path) == 0
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_ways_to_segment(labelled: Labelled, tmp_path: Path) -> None:
+    """Each gives another figure, and predictions of the images' own size."""
+    found = []
+    for override in (
+        "test.flip=false",
+        "test.flip=true",
+        "test.scales=[{short: 40, long: 60}, {short: 33, long: 80}]",
+        "model.tiles={size: [32, 32], overlap: 6}",
+        "test.precision=bf16",
+        "test.evaluator.compare_at=network",
+    ):
+        assert labelled.test(tmp_path, "data.resize={short: 40, long: 60}", override) == 0
+        found.append(read_metrics(tmp_path)["mIoU"])
+        assert {labels.shape for labels in predictions(tmp_path).values()} == {(48, 64)}
+    assert len(set(found)) == len(found)
+    assert max(found) - min(found) < 0.3
+
+
+def test_a_broken_image_and_one_without_a_label_map(
+    labelled: Labelled, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    overrides = labelled.copy(tmp_path / "data")
+    image = tmp_path / "data" / "images" / "val" / "val1.png"
+    image.write_bytes(image.read_bytes()[:90])
+    assert labelled.test(tmp_path / "out", *overrides) == 1
+    metrics = read_metrics(tmp_path / "out")
+    assert (metrics["images"], metrics["of"]) == (2, 3)
+    assert sorted(predictions(tmp_path / "out")) == ["val0.png", "val2.png"]
+    assert any(str(image) in message for message in caplog.messages)
+    (tmp_path / "data" / "labels" / "val" / "val1.png").unlink()
+    assert labelled.test(tmp_path / "out2", *overrides) == 0  # left out by the reader
+    assert read_metrics(tmp_path / "out2") == {**metrics, "of": 2}
+
+
+def test_wrong_label_maps_end_a_test(labelled: Labelled, tmp_path: Path) -> None:
+    overrides = labelled.copy(tmp_path / "data")
+    file = tmp_path / "data" / "labels" / "val" / "val2.png"
+    cv2.imwrite(str(file), np.full((48, 64), 200, np.uint8))
+    with pytest.raises(UserError, match=rf"^{file}: has values that are no labels here: 200"):
+        labelled.test(tmp_path / "out", *overrides)
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_another_models_weights(
+    labelled: Labelled, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = ["model.num_classes=4", "data.classes=[sky, road, car, tree]"]
+    with pytest.raises(UserError, match=r"weights\.pth: .*score"):
+        labelled.test(tmp_path, *more)
+    assert labelled.test(tmp_path, "data.classes=[sea, road, car]") == 0
+    assert any("was trained for other class names: sky, road" in m for m in caplog.messages)
+
+
+READER = '''
+from dataclasses import replace
+from dcdet.datasets.label_folder import LabelFolder
+
+class Cities(LabelFolder):
+    """The images of a folder, called by city; of the first nothing is known."""
+
+    def __init__(self, root: str, split: str, classes: list[str] | None):
+        super().__init__(root, split, classes)
+        self.records = [replace(r, image_id=f"bonn/{r.image_id}") for r in self.records]
+        self.records[0] = replace(self.records[0], label_path=None)
+'''
+
+
+def test_images_in_folders(
+    labelled: Labelled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's reader; the predictions are in the folders that the images' names have."""
+    (tmp_path / "own_cities.py").write_text(READER)
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "own.yaml"
+    file.write_text("imports: [own_cities]\n" + label_sets.CONFIG.read_text())
+    node = f"data.test={{type: Cities, root: {labelled.root}, split: val}}"
+    config = load_config(file, [*labelled.overrides, node])
+    assert evaluate.evaluate(config, labelled.weights, tmp_path / "out", device="cpu") == 0
+    assert sorted(predictions(tmp_path / "out")) == [f"bonn/val{i}.png" for i in range(3)]
+    metrics = read_metrics(tmp_path / "out")
+    assert (metrics["images"], metrics["of"]) == (3, 3)
+    truths = [cv2.imread(str(labelled.root / "labels" / "val" / f"val{i}.png"), -1) for i in (1, 2)]
+    pixels = [metrics["per_class"][name]["pixels"] for name in label_sets.CLASSES]
+    assert pixels == [sum((truth == label).sum() for truth in truths) for label in range(3)]
+
+
+def test_two_processes_segment_as_one(labelled: Labelled, tmp_path: Path) -> None:
+    door = [str(ROOT / "tools" / "test.py"), str(label_sets.CONFIG), *labelled.overrides,
+            "--weights", str(labelled.weights), "--device", "cpu", "--output"]  # fmt: skip
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert labelled.test(tmp_path / "one") == 0
+    result = subprocess.run(
+        [sys.executable, *launch, *door, str(tmp_path / "two")],
+        capture_output=True, text=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DCDET_TIMEOUT": "60"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    one, two = ({file.relative_to(tmp_path / name): file.read_bytes()
+                 for file in (tmp_path / name).rglob("*") if file.is_file()}
+                for name in ("one", "two"))  # fmt: skip
+    assert one == two
+    assert len(one) == 5  # three predictions, metrics.json, .lock
+    assert result.stderr.count("IoU road") == 1
