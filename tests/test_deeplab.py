@@ -149,7 +149,7 @@ def slow_tiles(model: DeepLab, x: Tensor, size: tuple[int, int], overlap: int) -
 
 
 @pytest.mark.parametrize(
-    ("size", "overlap"), [((24, 24), 0), ((24, 32), 8), ((17, 40), 5), ((8, 64), 3), ((200, 24), 1)]
+    ("size", "overlap"), [((24, 24), 0), ((24, 32), 8), ((17, 40), 5), ((16, 64), 3), ((200, 24), 1)]
 )
 def test_tiles(size: tuple[int, int], overlap: int) -> None:
     model = make(TileSpec(size, overlap)).eval()
@@ -404,9 +404,9 @@ def line_of(path: Path, start: str) -> int:
         ("num_classes", "255", "'num_classes' must be from 2 to 254, got 255"),
         ("pixel_mean", "[1]", "'pixel_mean' must be 3 numbers, got [1.0]"),
         ("pixel_std", "[1, 1, 0]", "'pixel_std' must be 3 positive numbers, got [1.0, 1.0, 0.0]"),
-        ("tiles", "{size: [0, 8], overlap: 0}", "'size' must be positive, got (0, 8)"),
-        ("tiles", "{size: [9, 8], overlap: 8}", "'overlap' must be from 0 to 7, got 8"),
-        ("tiles", "{size: [9, 8], overlap: -1}", "'overlap' must be from 0 to 7, got -1"),
+        ("tiles", "{size: [15, 80], overlap: 0}", "'size' must be at least 16, got (15, 80)"),
+        ("tiles", "{size: [19, 18], overlap: 18}", "'overlap' must be from 0 to 17, got 18"),
+        ("tiles", "{size: [19, 18], overlap: -1}", "'overlap' must be from 0 to 17, got -1"),
         ("tiles", "{size: 512, overlap: 0}", "'size' must be a list of 2, got 512"),
         ("tiles", "[512, 512]", "'tiles' must be a mapping with size, overlap"),
         ("dropout", "0.5", "DeepLab has no option 'dropout'"),

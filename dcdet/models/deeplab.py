@@ -19,6 +19,8 @@ from dcdet.models.init import init_layers
 from dcdet.models.two_stage import normalised
 from dcdet.structures import UNLABELLED, Batch, Segmentation
 
+LEAST_TILE = 16  # pixels; of much less a backbone leaves no map
+
 
 @dataclass(frozen=True)
 class TileSpec:
@@ -29,7 +31,7 @@ class TileSpec:
     overlap: int
 
     def __post_init__(self) -> None:
-        require(min(self.size) >= 1, "size", "positive", self.size)
+        require(min(self.size) >= LEAST_TILE, "size", f"at least {LEAST_TILE}", self.size)
         wanted = f"from 0 to {min(self.size) - 1}"
         require(0 <= self.overlap < min(self.size), "overlap", wanted, self.overlap)
 
