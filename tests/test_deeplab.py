@@ -149,7 +149,8 @@ def slow_tiles(model: DeepLab, x: Tensor, size: tuple[int, int], overlap: int) -
 
 
 @pytest.mark.parametrize(
-    ("size", "overlap"), [((24, 24), 0), ((24, 32), 8), ((17, 40), 5), ((16, 64), 3), ((200, 24), 1)]
+    ("size", "overlap"),
+    [((24, 24), 0), ((24, 32), 8), ((17, 40), 5), ((16, 64), 3), ((200, 24), 1)],
 )
 def test_tiles(size: tuple[int, int], overlap: int) -> None:
     model = make(TileSpec(size, overlap)).eval()
