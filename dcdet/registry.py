@@ -8,6 +8,7 @@ import contextlib
 import functools
 import importlib
 import inspect
+import json
 import sys
 import types
 from collections.abc import Collection, Mapping, Sequence
@@ -122,7 +123,7 @@ def check(config: Config) -> Experiment:
 
 
 def task_of(config: Config) -> str:
-    """What the config's model is for: "detection", or "segmentation"."""
+    """What the config's model is for: "detection", or "segmentation". Raises UserError."""
     return getattr(lookup(config.model, "model"), "task", "detection")
 
 
@@ -140,12 +141,15 @@ def _check_task(config: Config) -> None:
                 section[key].where("type"), f"{section[key].type} is for {other}",
                 f"{config.model.type} is for {task}",
             )  # fmt: skip
-    for key in ("random_scale", "crop"):
-        if task == "detection" and config.data.get(key) is not None:
-            raise UserError(config.data.where(key), f"'{key}' is for segmentation", "write null")
-    # A segmentation is resized to its image, which such pixels are no part of.
-    if task == "segmentation" and config.data.get("pad_images", 1) != 1:
-        raise UserError(config.data.where("pad_images"), "'pad_images' is for detection", "write 1")
+    # Sizes and objects are known before an image is read; a segmentation is resized to its image,
+    # which added pixels are no part of.
+    detection = {"filter_empty": False, "aspect_grouping": False, "pad_images": 1}
+    others = {"random_scale": None, "crop": None} if task == "detection" else detection
+    kind = "detection" if others is detection else "segmentation"
+    for key, none in others.items():
+        if config.data.get(key, none) != none:
+            hint = f"write {json.dumps(none)}"
+            raise UserError(config.data.where(key), f"'{key}' is for {kind}", hint)
 
 
 def build(node: Config, role: str, **context: Any) -> Any:

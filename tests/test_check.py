@@ -291,7 +291,7 @@ def test_label_maps_and_the_config(tmp_path: Path) -> None:
     assert "command line: 4, but data.train has 3 classes: sky, road, car" in text
     assert "command line: 4, but data.test has 3 classes" in text
     assert text.count("1 image is too few for model.backbone.norm: bn") == 1
-    with pytest.raises(UserError, match="filter_empty: must be false in segmentation"):
+    with pytest.raises(UserError, match=r"'filter_empty' is for detection \(write false\)"):
         run_labels(tmp_path, "data.filter_empty=true")
     code, lines = run_labels(tmp_path, "data.train.root=/nowhere")
     assert code == 2

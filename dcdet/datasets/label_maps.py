@@ -216,9 +216,6 @@ class SegmentationDataset(DetectionDataset):
         views: Sequence[View] | None = None,
         strict: bool = True,
     ) -> None:
-        for name in ("filter_empty", "aspect_grouping"):
-            if getattr(section, name):
-                raise UserError(f"data.{name}", "must be false in segmentation")
         super().__init__(reader, section, training=training, views=views)
         self.reader, self.strict = reader, strict
         images: list[LabelledImage] = reader.records
@@ -280,8 +277,9 @@ class SegmentationDataset(DetectionDataset):
 def check_size(labels: LabelMap, size: tuple[int, int], record: LabelledImage) -> None:
     """BadLabels unless a label map is of the image's `size` (h, w)."""
     if labels.shape != size:
+        turned = "; is data.orientation right?" if labels.shape == size[::-1] else ""
         raise BadLabels(
             record.label_path or "",
             f"is {labels.shape[1]} x {labels.shape[0]} pixels (width x height), its image "
-            f"{record.path} {size[1]} x {size[0]}",
+            f"{record.path} {size[1]} x {size[0]}{turned}",
         )
