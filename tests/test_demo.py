@@ -5,24 +5,32 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from data_sets import picture
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from pycocotools import mask as official
 from torch import nn
 
+from dcdet import build_model, cli, load_config, registry
 from dcdet.boxes import rescale
+from dcdet.datasets.label_folder import LabelFolder
 from dcdet.datasets.loader import ResizeSpec, View
 from dcdet.engine import demo as demo_module
 from dcdet.engine import evaluate
+from dcdet.engine.checkpoint import save
 from dcdet.engine.demo import class_names, demo, find_images, free_path, picture_name, write_picture
 from dcdet.errors import UserError
-from dcdet.structures import Detections
+from dcdet.structures import UNLABELLED, Detections, Segmentation
 from dcdet.visualize.draw import class_colour
+from dcdet.visualize.segmentation import draw_segmentation, palette, voc_palette
 
 SQUARE = (20, 30, 60, 80)
 
@@ -327,3 +335,162 @@ def test_class_names(config, caplog):
     config.data.classes = ["cat"]
     with pytest.raises(UserError, match=r"config.yaml: data.classes: 1 names, .* is 2"):
         class_names(config, {}, weights)
+
+
+# Segmentations.
+
+CAMVID = ROOT / "configs" / "small" / "deeplab_r18_camvid.yaml"
+SMALL = ["data.resize={short: 48, long: 64}", "model.channels=16", "data.workers=0"]
+NAMES = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car",
+         "pedestrian", "bicyclist"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def deeplab(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Random weights that find several classes, and a data set of two images for them."""
+    root = tmp_path_factory.mktemp("deeplab")
+    torch.manual_seed(0)
+    model = build_model(load_config(CAMVID, SMALL))
+    torch.nn.init.normal_(model.score.weight, std=1.0)
+    save(root / "weights.pth", {"model": model.state_dict(), "meta": {}})
+    for part in ("images", "labels"):
+        (root / part / "val").mkdir(parents=True)
+    for name, size in (("wide", (60, 80)), ("tall", (90, 70))):
+        cv2.imwrite(str(root / "images" / "val" / f"{name}.png"), picture(size))
+        cv2.imwrite(str(root / "labels" / "val" / f"{name}.png"), np.zeros(size, np.uint8))
+    return SimpleNamespace(root=root, weights=root / "weights.pth", images=root / "images" / "val")
+
+
+def segment(deeplab: SimpleNamespace, output: Path, *words: Any) -> int:
+    words = ("--weights", deeplab.weights, "--output", output, "--device", "cpu", *SMALL, *words)
+    return cli.main(["demo", str(CAMVID), *map(str, words)])
+
+
+def test_a_segmentation_is_drawn_and_written(
+    deeplab: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The data set of the config, data/camvid, need not be there."""
+    source = deeplab.images / "wide.png"
+    assert segment(deeplab, tmp_path, source) == 0
+    assert not any(record.levelno >= logging.WARNING for record in caplog.records)
+    assert set(tree(tmp_path)) == {"wide.png", "wide-labels.png", "segmentations.json"}
+    [row] = rows_of(tmp_path, "segmentations.json")
+    assert row.keys() == {"image", "picture", "labels", "classes"}
+    assert (row["image"], row["picture"]) == (str(source), "wide.png")
+    stored = Image.open(tmp_path / row["labels"])
+    labels = np.asarray(stored)
+    assert (stored.mode, labels.shape) == ("P", (60, 80))
+    known, counts = np.unique(labels, return_counts=True)
+    assert len(known) > 2
+    assert [area["pixels"] for area in row["classes"]] == sorted(counts, reverse=True)
+    for area in row["classes"]:
+        label = area["category_id"]
+        assert area["name"] == NAMES[label]
+        assert area["pixels"] == (labels == label).sum() == area["share"] * 60 * 80
+    drawn = cv2.imread(str(tmp_path / "wide.png"))[..., ::-1]
+    image = cv2.imread(str(source))[..., ::-1]
+    assert (drawn == draw_segmentation(image, labels, NAMES, palette(None, 11))).all()
+
+
+@pytest.mark.parametrize("options", [
+    ["test.scales=[{short: 48, long: 64}, {short: 64, long: 96}]", "test.flip=true"],
+    ["model.tiles={size: [33, 40], overlap: 8}"],
+])  # fmt: skip
+def test_demo_segments_as_test_does(
+    deeplab: SimpleNamespace, tmp_path: Path, options: list[str]
+) -> None:
+    words = [*SMALL, f"data.test.root={deeplab.root}", *options]
+    config = load_config(CAMVID, words)
+    assert evaluate.evaluate(config, deeplab.weights, tmp_path / "test", device="cpu") == 0
+    assert segment(deeplab, tmp_path / "demo", *options, deeplab.images) == 0
+    for name in ("wide", "tall"):
+        ours = tmp_path / "demo" / f"{name}-labels.png"
+        theirs = tmp_path / "test" / "predictions" / f"{name}.png"
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_bad_images_are_skipped_and_nothing_is_overwritten(
+    deeplab: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"<html>")
+    output = tmp_path / "out"
+    names = set()
+    for stem in ("wide", "wide-2"):
+        with caplog.at_level(logging.INFO, "dcdet"):
+            assert segment(deeplab, output, bad, deeplab.images / "wide.png") == 1
+        names |= {f"{stem}.png", f"{stem}-labels.png"}
+        assert set(tree(output)) >= names
+    assert "drew 1 of 2 images" in caplog.text
+    [row] = rows_of(output, "segmentations-2.json")
+    assert (row["picture"], row["labels"]) == ("wide-2.png", "wide-2-labels.png")
+
+
+def test_a_threshold_is_not_taken_silently(
+    deeplab: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = deeplab.images / "wide.png"
+    assert segment(deeplab, tmp_path, image, "--score-threshold", 0.5) == 0
+    assert "--score-threshold changes nothing: each pixel gets its likeliest class" in caplog.text
+
+
+def test_pixels_without_a_finite_score_are_told(
+    deeplab: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    def predict(self: Any, *views: Any) -> list[Segmentation]:
+        labels = torch.full((60, 80), 3, dtype=torch.uint8)
+        labels[:10] = UNLABELLED
+        return [Segmentation(views[0].targets[0].image_id, labels, labels)]
+
+    monkeypatch.setattr("dcdet.models.deeplab.DeepLab.predict", predict)
+    assert segment(deeplab, tmp_path, deeplab.images / "wide.png") == 0
+    [row] = rows_of(tmp_path, "segmentations.json")
+    road = {"category_id": 3, "name": "road", "pixels": 4000, "share": 4000 / 4800}
+    assert row["classes"] == [road]
+    assert "wide.png: 800 pixels were not finite" in caplog.text
+
+
+class Towns(LabelFolder):
+    """A data set whose classes, ids and colours are known without its files."""
+
+    CLASSES = ("sky", "house", "road")
+    CATEGORY_IDS = (23, 11, 7)
+    PALETTE = voc_palette(3)
+
+
+def test_names_ids_and_colours_of_a_known_data_set(
+    deeplab: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.roles()["dataset"], "LabelFolder", Towns)
+    words = ["data.classes=null", "model.num_classes=3"]
+    torch.manual_seed(0)
+    model = build_model(load_config(CAMVID, [*SMALL, *words]))
+    torch.nn.init.normal_(model.score.weight, std=1.0)
+    towns = SimpleNamespace(weights=tmp_path / "weights.pth")
+    save(towns.weights, {"model": model.state_dict(), "meta": {}})
+    assert segment(towns, tmp_path, deeplab.images / "wide.png", *words) == 0
+    [row] = rows_of(tmp_path, "segmentations.json")
+    labels = np.asarray(Image.open(tmp_path / "wide-labels.png"))
+    for area in row["classes"]:
+        label = Towns.CATEGORY_IDS.index(area["category_id"])
+        assert area["name"] == Towns.CLASSES[label]
+        assert area["pixels"] == (labels == label).sum()
+    assert len(row["classes"]) > 1
+    shown = np.asarray(Image.open(tmp_path / "wide-labels.png").convert("RGB"))
+    assert (shown == np.array(voc_palette(3))[labels]).all()
+
+
+def test_class_names_of_segmentations(config, caplog):
+    weights = Path("w.pth")
+    config.model.num_classes = 3
+    config.data.classes = None
+    trained = {"classes": ["a", "b", "c"], "category_ids": [4, 5, 6]}
+    assert class_names(config, {}, weights, Towns) == (["sky", "house", "road"], [23, 11, 7])
+    assert class_names(config, {}, weights, LabelFolder)[1] == [0, 1, 2]
+    assert class_names(config, trained, weights, LabelFolder) == (["a", "b", "c"], [4, 5, 6])
+    assert not caplog.text
+    assert class_names(config, trained, weights, Towns)[0] == ["sky", "house", "road"]
+    assert "trained for other class names: a, b, c" in caplog.text
+    config.data.classes = ["x", "y", "z"]
+    assert class_names(config, {}, weights, Towns) == (["x", "y", "z"], [0, 1, 2])

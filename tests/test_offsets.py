@@ -16,11 +16,14 @@ from torch import Tensor, nn
 
 from dcdet import build_model, cli, load_config
 from dcdet.boxes import Scale
+from dcdet.datasets.loader import View
 from dcdet.engine.checkpoint import save
-from dcdet.engine.offsets import roi_parts, sampling_points
+from dcdet.engine.demo import read_views
+from dcdet.engine.offsets import inner_places, roi_parts, sampling_points
 from dcdet.ops import deform_psroi_pool
 from dcdet.ops.deform_psroi_pool import shifted_parts
-from dcdet.structures import Batch, Detections, Target
+from dcdet.registry import check
+from dcdet.structures import UNLABELLED, Batch, Detections, Segmentation, Target
 from dcdet.visualize.offsets import GREEN, RED, draw_parts, draw_points
 
 QUICKSTART = str(ROOT / "configs/quickstart/rfcn_dcn_r18_shapes.yaml")
@@ -558,3 +561,115 @@ def test_other_systems_are_drawn(
         outer = [*parts[0, 0, :2], *parts[-1, -1, 2:]]
         assert outer == pytest.approx(roi["box"], abs=2 / scale)  # RoIs are rounded to pixels
     assert len(report["rois"]) == len(report["points"]) == 5
+
+
+# Segmentations.
+
+DEEPLAB = str(ROOT / "configs" / "small" / "deeplab_dcn_r18_camvid.yaml")
+SMALL = ["data.resize={short: 96, long: 128}", "model.channels=16"]
+
+
+@pytest.fixture(scope="module")
+def deeplab(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A Deformable DeepLab that finds several classes, its weights beside it in `folder`."""
+    torch.manual_seed(0)
+    model = build_model(load_config(DEEPLAB, SMALL)).eval()
+    nn.init.normal_(model.score.weight, std=1.0)
+    model.folder = tmp_path_factory.mktemp("deeplab")
+    save(model.folder / "weights.pth", {"model": model.state_dict(), "meta": {}})
+    return model
+
+
+def run_deeplab(model: Any, trained: dict[str, str], output: Path, *words: str) -> int:
+    return cli.main([
+        "offsets", DEEPLAB, "--weights", str(model.folder / "weights.pth"), trained["photo.jpg"],
+        "--output", str(output), "--device", "cpu", *SMALL, *words,
+    ])  # fmt: skip
+
+
+def test_zero_offsets_of_a_deeplab_give_the_regular_grid(deeplab: Any) -> None:
+    found = sampling_points(deeplab, batch_of(256, 320, 2.0), [(70.0, 50.0)])
+    assert found.layers == ("c5.1", "c5.0")
+    assert found.centres.tolist() == [[68.0, 52.0]]
+    grid = [[68.0 + 16 * (j1 + j2), 52.0 + 16 * (i1 + i2)] for i1, j1 in TAPS for i2, j2 in TAPS]
+    assert found.positions[0].tolist() == [grid]
+
+
+def test_places_are_deep_inside_the_commonest_areas() -> None:
+    labels = np.full((60, 100), UNLABELLED, np.uint8)
+    labels[:40, :60] = 7
+    labels[10:30, 20:60] = 4  # inside of a C, whose middle is in it
+    labels[50:, 90:] = 7
+    labels[45:56, :31] = 2
+    for number in range(4):
+        labels[58, 10 * number] = 20 + number
+    places = inner_places(labels)
+    assert len(places) == 5
+    assert [labels[int(y), int(x)] for x, y in places] == [7, 4, 2, 20, 21]
+    assert 9 <= places[0][0] <= 11
+    assert 9 <= places[0][1] <= 31
+    assert places[1][1] in (19.5, 20.5)
+    assert 29 <= places[1][0] <= 51
+    assert places[2][1] == 50.5
+    assert places[3:] == [(0.5, 58.5), (10.5, 58.5)]
+    assert inner_places(np.full((3, 4), UNLABELLED, np.uint8)) == []
+
+
+def test_points_of_a_segmentation_name_their_classes(
+    deeplab: Any, trained: dict[str, str], tmp_path: Path
+) -> None:
+    assert run_deeplab(deeplab, trained, tmp_path) == 0
+    report = read(tmp_path / "photo-offsets.json")
+    assert report.keys() == {"image", "width", "height", "layers", "points"}
+    names = [row["name"] for row in report["points"]]
+    assert len(set(names)) == len(names) == min(5, len(names)) > 1
+    config = check(load_config(DEEPLAB, SMALL))
+    _, batches = read_views(trained["photo.jpg"], config.data, [View(config.data.resize)])
+    labels = deeplab.predict(*batches)[0].labels.numpy()
+    counts = np.bincount(labels.ravel())
+    for row, label in zip(report["points"], np.argsort(-counts, kind="stable"), strict=False):
+        x, y = row["point"]
+        assert row["category_id"] == label == labels[int(y), int(x)]
+    assert {row["picture"] for row in report["points"]} <= set(tree(tmp_path))
+
+
+@pytest.mark.parametrize(("words", "expected"), [
+    ([], {(30, 22.5): None, (90, 22.5): None, (30, 67.5): None, (90, 67.5): None}),
+    (["--point=59.9,89.9", "--point=60,0"], {(59.9, 89.9): None, (60, 0): "road"}),
+])  # fmt: skip
+def test_points_where_no_class_is_known(
+    words: list[str], expected: dict[tuple[float, float], str | None], deeplab: Any,
+    trained: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Without any label there is the grid."""
+
+    def predict(self: Any, *views: Batch) -> list[Segmentation]:
+        labels = torch.full((90, 120), UNLABELLED, dtype=torch.uint8)
+        if words:
+            labels[:, 60:] = 3
+        return [Segmentation("image", labels, labels)]
+
+    monkeypatch.setattr("dcdet.models.deeplab.DeepLab.predict", predict)
+    assert run_deeplab(deeplab, trained, tmp_path, "--score-threshold", "0.4", *words) == 0
+    assert "--score-threshold changes nothing" in caplog.text
+    points = read(tmp_path / "photo-offsets.json")["points"]
+    assert {tuple(row["point"]): row["name"] for row in points} == expected
+    assert all((row["category_id"] is None) == (row["name"] is None) for row in points)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["model.backbone.deform=null"], "no deformable convolutions (see model.backbone.deform)"),
+        (["model.backbone.deform=null", "--point=3,3"], "no deformable convolutions (see"),
+        (["--point=120,10"], "--point: 120,10 is not in the image of 120 x 90 pixels"),
+    ],
+)
+def test_refused_of_a_deeplab(
+    words: list[str], expected: str, deeplab: Any, trained: dict[str, str], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert run_deeplab(deeplab, trained, tmp_path / "out", *words) == 2
+    assert expected in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

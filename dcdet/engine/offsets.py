@@ -102,7 +102,7 @@ def offsets(
         [found] = detect(model, [[batch]], precision, torch_device)
         if segmented:
             warn_of_threshold(score_threshold)
-            default = _inner_places(found.labels.numpy())
+            default = inner_places(found.labels.numpy())
         else:
             found = at_least(found, threshold)
             if points:
@@ -329,7 +329,7 @@ def _middles(boxes: Tensor, size: tuple[int, int]) -> list[Point]:
     return [(x, y) for x, y in ((boxes[:, :2] + boxes[:, 2:]) / 2).tolist()]
 
 
-def _inner_places(labels: np.ndarray) -> list[Point]:
+def inner_places(labels: np.ndarray) -> list[Point]:
     """Of each of the commonest labels (H, W), the place in its largest area that is furthest from
     the area's edge."""
     places = []
