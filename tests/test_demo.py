@@ -415,15 +415,19 @@ def test_bad_images_are_skipped_and_nothing_is_overwritten(
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"<html>")
     output = tmp_path / "out"
-    names = set()
+    output.mkdir()
+    (output / "wide-2-labels.png").write_text("precious")
+    before = tree(output)
     for stem in ("wide", "wide-2"):
         with caplog.at_level(logging.INFO, "dcdet"):
             assert segment(deeplab, output, bad, deeplab.images / "wide.png") == 1
-        names |= {f"{stem}.png", f"{stem}-labels.png"}
-        assert set(tree(output)) >= names
+        after = tree(output)
+        assert {name: after[name] for name in before} == before
+        assert f"{stem}.png" in after.keys() - before.keys()
+        before = after
     assert "drew 1 of 2 images" in caplog.text
     [row] = rows_of(output, "segmentations-2.json")
-    assert (row["picture"], row["labels"]) == ("wide-2.png", "wide-2-labels.png")
+    assert (row["picture"], row["labels"]) == ("wide-2.png", "wide-2-labels-2.png")
 
 
 def test_a_threshold_is_not_taken_silently(

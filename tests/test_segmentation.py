@@ -122,6 +122,7 @@ def test_the_legend_tells_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None
     assert (strip[[0, -1]] == WHITE).all()
     assert (strip[:, [0, -1]] == WHITE).all()
     assert [label for label, _ in squares(drawn, 300, 0)] == [3, 2, 0]
+    assert not (strip == COLOURS[1]).all(axis=2).any()
     without = draw_segmentation(picture((300, 400)), np.where(labels == 1, 0, labels), NAMES,
                                 [*COLOURS[:1], (9, 9, 9), *COLOURS[2:]])  # fmt: skip
     assert [label for label, _ in squares(without, 300, 0)] == [3, 0, 2]
