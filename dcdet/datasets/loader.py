@@ -128,6 +128,8 @@ class DataSection:
         least, most = self.random_scale or (1.0, 1.0)
         if not 0.1 <= least <= most <= 10:
             raise ValueError(f"random_scale: must be two factors in 0.1..10, got {least}, {most}")
+        if self.resize.long * most > 16_384:
+            raise ValueError(f"random_scale: {most} times resize.long is more than 16384 pixels")
         if min(self.crop or (1, 1)) < 1:
             raise ValueError(f"crop: must be a height and a width of 1 or more, got {self.crop}")
 
