@@ -420,6 +420,20 @@ def test_a_broken_image_and_one_without_a_label_map(
     assert read_metrics(tmp_path / "out2") == {**metrics, "of": 2}
 
 
+def test_pixels_without_a_finite_score(
+    labelled: Labelled, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    saved = torch.load(labelled.weights, weights_only=True)["model"]
+    saved["fc6.bias"] += 100
+    saved["score.weight"][1] = 3e38  # so that scores overflow
+    checkpoint.save(tmp_path / "huge.pth", {"model": saved, "meta": {}})
+    config = labelled.config()
+    assert evaluate.evaluate(config, tmp_path / "huge.pth", tmp_path, device="cpu") == 0
+    assert f"{3 * 48 * 64} pixels without a finite score count as wrong" in caplog.messages
+    assert read_metrics(tmp_path)["mIoU"] == 0
+    assert all((labels == 255).all() for labels in predictions(tmp_path).values())
+
+
 def test_wrong_label_maps_end_a_test(labelled: Labelled, tmp_path: Path) -> None:
     overrides = labelled.copy(tmp_path / "data")
     file = tmp_path / "data" / "labels" / "val" / "val2.png"

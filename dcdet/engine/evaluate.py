@@ -106,7 +106,7 @@ def _evaluate(config: Any, weights: Path, output: Path, runtime: Runtime) -> int
         "evaluated %d of %d images, %.1f images/s", total - len(skipped), total, total / seconds
     )
     if evaluator.dropped:
-        log.warning("%d %s were not finite and do not count", evaluator.dropped, evaluator.counted)
+        log.warning("%d %s", evaluator.dropped, evaluator.dropped_are)
     masks = {f"segm {name}": value for name, value in metrics.get("segm", {}).items()}
     classes = {}
     if isinstance(evaluator, MIoUEvaluator):

@@ -48,7 +48,7 @@ class MIoUEvaluator:
     """
 
     task = "segmentation"
-    counted = "pixels"  # what `dropped` counts
+    dropped_are = "pixels without a finite score count as wrong"
 
     def __init__(
         self,

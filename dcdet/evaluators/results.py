@@ -51,7 +51,7 @@ class Evaluator:
     `dropped` counts the rows that were left out because a number in them was not finite.
     """
 
-    counted = "detections"  # what `dropped` counts
+    dropped_are = "detections that were not finite do not count"
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
