@@ -389,15 +389,13 @@ def test_segmentation(labelled: Labelled, tmp_path: Path, caplog: pytest.LogCapt
 def test_ways_to_segment(labelled: Labelled, tmp_path: Path) -> None:
     """Each gives another figure, and predictions of the images' own size."""
     found = []
-    for override in (
-        "test.flip=false",
-        "test.flip=true",
-        "test.scales=[{short: 40, long: 60}, {short: 33, long: 80}]",
-        "model.tiles={size: [32, 32], overlap: 6}",
-        "test.precision=bf16",
-        "test.evaluator.compare_at=network",
+    for overrides in (
+        [],
+        ["test.flip=true"],
+        ["test.scales=[{short: 40, long: 60}, {short: 33, long: 80}]", "test.precision=bf16"],
+        ["model.tiles={size: [32, 32], overlap: 6}", "test.evaluator.compare_at=network"],
     ):
-        assert labelled.test(tmp_path, "data.resize={short: 40, long: 60}", override) == 0
+        assert labelled.test(tmp_path, "data.resize={short: 40, long: 60}", *overrides) == 0
         found.append(read_metrics(tmp_path)["mIoU"])
         assert {labels.shape for labels in predictions(tmp_path).values()} == {(48, 64)}
     assert len(set(found)) == len(found)
