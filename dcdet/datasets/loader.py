@@ -130,8 +130,8 @@ class DataSection:
             raise ValueError(f"random_scale: must be two factors in 0.1..10, got {least}, {most}")
         if self.resize.long * most > 16_384:
             raise ValueError(f"random_scale: {most} times resize.long is more than 16384 pixels")
-        if min(self.crop or (1, 1)) < 1:
-            raise ValueError(f"crop: must be a height and a width of 1 or more, got {self.crop}")
+        if min(self.crop or (16, 16)) < 16:
+            raise ValueError(f"crop: must be a height and a width of 16 or more, got {self.crop}")
 
 
 class Reader(Protocol):
