@@ -1,12 +1,13 @@
 """DeepLab against recorded runs of the 2017 release (MXNet)."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from golden import load, load_param_module, release_weights, subsample
+from golden import load, load_param_module, release_name, release_weights, subsample
 from test_golden_nets import CONFIGS, Recorder, close
 from torch import Tensor
 
@@ -69,3 +70,32 @@ def test_predictions_agree(run: tuple[Any, dict[str, Tensor], Any, Any], shared:
     assert ((ours == theirs) | unclear).all()
     assert (ours == theirs).mean() > 0.999
     np.testing.assert_array_equal(found.labels, ours)
+
+
+@pytest.mark.parametrize("name", ["deeplab_dcn", "deeplab"])
+def test_gradients_agree(name: str, shared: Path) -> None:
+    """A step on the recorded label map: the mean over its labelled pixels is what is learnt."""
+    if not (shared / "golden" / "nets" / f"train_{name}.npz").exists():
+        pytest.skip(f"no recorded training step of {name}")
+    arrays, _ = load(shared, f"train_{name}")
+    model = build_model(load_config(CONFIGS / f"deeplab/{name}_r101_cityscapes.yaml")).train()
+    model.load_state_dict(release_weights(model, shared, name, test_time=False))
+    labels = torch.from_numpy(arrays["in_label"].reshape(SIZE)).byte()
+    losses, _ = model(make_batch(shared, labels))
+    losses["segmentation"].backward()
+    steps = json.loads(str(arrays["meta"]))["grad_flat_steps"]
+    compared = 0
+    for own, parameter in model.named_parameters():
+        key = release_name(own, "deeplab")
+        if f"grad_{key}" not in arrays.files:
+            continue
+        recorded = arrays[f"grad_{key}"].ravel()
+        ours = parameter.grad.flatten()[:: steps.get(key, 1)].numpy()
+        largest = np.abs(recorded).max()
+        # Rounding flips a few of the backbone's ReLUs that are near 0.
+        tolerance = 1e-4 if key.startswith(("fc6", "score")) else 3e-3
+        close(ours / largest, recorded / largest, key, tolerance)
+        total = float(parameter.grad.double().abs().sum())
+        assert total == pytest.approx(float(arrays[f"gradsum_{key}"][1]), rel=1e-3), key
+        compared += 1
+    assert compared == sum(name.startswith("grad_") for name in arrays.files) > 4
