@@ -433,6 +433,31 @@ def test_a_lost_worker_is_reported_in_time(
     assert caught.value.exit_code == 4
 
 
+@pytest.mark.parametrize("error", ["UserError('x', 'bad')", "ValueError('diverged')"])
+def test_an_error_that_nobody_catches_ends_python(tmp_path: Path, error: str) -> None:
+    """It holds on to the loader, whose workers must not be waited for."""
+    dataset = data_set(tmp_path, [WIDE] * 12)
+    if "bad" in error:  # within the loader
+        for record in dataset.records:
+            Path(record.path).write_text("")
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_loader import *
+reader = VOC({str(tmp_path)!r}, "train", ["cat"], "inclusive")
+dataset = DetectionDataset(reader, section(workers=2), training=True)
+def loop(batches):
+    for _ in batches:
+        raise {error}
+loop(train_loader(dataset, dataset.section, seed=0, epoch=0))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "bad" in done.stderr.splitlines()[-1] or "diverged" in done.stderr.splitlines()[-1]
+
+
 def test_few_open_files_do_not_hang(tmp_path: Path) -> None:
     data_set(tmp_path, [WIDE] * 40, workers=4)
     script = f"""

@@ -3,6 +3,7 @@
 Worker processes and ranks change who prepares a batch, never what is in it. B images a batch.
 """
 
+import atexit
 import contextlib
 import hashlib
 import logging
@@ -432,19 +433,34 @@ def _load(
         for views in loader:
             dataset.count_bad(views[0])
             yield views
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, UserError) as error:
         if workers == 0:
             raise
-        for worker in multiprocessing.active_children():  # they do not heed SIGTERM
-            worker.kill()
+        _end_workers()
         if loader is not None:
             # Else it happens when `loader` is deleted, where a signal of a dying worker raises
             # once more and can only be printed.
             with contextlib.suppress(RuntimeError):
                 loader._shutdown_workers()
+        if isinstance(error, UserError):
+            raise
         images = [dataset.records[place].path for place in reading.tolist() if place >= 0]
         at = f" while reading {' or '.join(images)}" if images else ""
         raise MachineError(f"data worker lost{at}: {error}") from error
+
+
+def _end_workers() -> None:
+    for worker in multiprocessing.active_children():
+        if worker.daemon:  # DataLoader's; they do not heed SIGTERM
+            worker.kill()
+
+
+@atexit.register
+def _exit() -> None:
+    """Where an error holds on to a loader, Python would wait for its workers for ever."""
+    if multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them
+        _end_workers()
 
 
 def _start_worker(_: int) -> None:
