@@ -50,18 +50,18 @@ def test_ignored_values_and_other_folders(tmp_path: Path) -> None:
 def test_what_has_no_partner_is_named_in_order(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_label_folder(tmp_path, list("abcdefgh"))
-    for name in "bdf":
+    write_label_folder(tmp_path, list("abcdefghij"))
+    for name in "bdfij":
         (tmp_path / f"labels/train/{name}.png").unlink()
     (tmp_path / "images/train/h.png").unlink()
     with caplog.at_level(logging.WARNING):
         reader = read(tmp_path)
     assert [record.image_id for record in reader.records] == ["a", "c", "e", "g"]
-    assert count_kinds(reader.problems) == "3 x without label map, 1 x without image"
-    assert [problem.image_id for problem in reader.problems] == ["b", "d", "f", "h"]
+    assert count_kinds(reader.problems) == "5 x without label map, 1 x without image"
+    assert [problem.image_id for problem in reader.problems] == [*"bdfij", "h"]
     assert f"{tmp_path}/images/train/b.png: has no label map" in caplog.text
     assert f"{tmp_path}/labels/train/h.png: has no image" in caplog.text
-    with pytest.raises(DataError, match=r"b\.png: has no label map .and 3 more"):
+    with pytest.raises(DataError, match=r"b\.png: has no label map .and 5 more"):
         read(tmp_path, strict=True)
 
 

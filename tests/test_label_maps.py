@@ -234,11 +234,16 @@ def test_random_scale_and_crop(root: Path) -> None:
     assert (48, 80) in shapes
     assert all(height <= 48 and width <= 80 for height, width in shapes)
     assert min(height for height, _ in shapes) < 40  # smaller than the crop: all of it
-    scales = np.log2([float(one.scale) for one in drawn])  # type: ignore[arg-type]
-    assert (scales < -0.5).any()
-    assert (scales > 0.5).any()
-    assert np.abs(scales).max() < 1.02
-    assert abs(np.median(scales)) < 0.5
+
+
+def test_scales_are_drawn_evenly_on_a_logarithmic_scale(root: Path) -> None:
+    data = dataset(root, random_scale=(0.25, 4.0))
+    drawn = [sample(data, place, epoch=epoch).scale for place in range(4) for epoch in range(16)]
+    scales = np.log2(np.array(drawn))
+    assert np.abs(scales).max() < 2.05
+    # Of 64 even draws from -2..2 these would be off by 5 standard deviations, and more.
+    assert abs(scales.mean()) < 5 * 4 / np.sqrt(12 * 64)
+    assert abs((scales > 1).mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / 64)
 
 
 def test_crops_are_drawn_anew_but_reproducibly(root: Path) -> None:
