@@ -1,5 +1,7 @@
 """Segmentation data sets on disk, as they are downloaded, written without dcdet's own code."""
 
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,3 +74,32 @@ def write_voc_masks(
     listing.parent.mkdir(parents=True, exist_ok=True)
     listing.write_text("".join(f"{name}\n" for name in names))
     return root
+
+
+def mat_file(labels: np.ndarray, order: str = "<", compress: bool = True) -> bytes:
+    """A .mat file as SBD has it, GTcls with Boundaries, Segmentation and CategoriesPresent."""
+
+    def element(kind: int, content: bytes) -> bytes:
+        tag = struct.pack(order + "II", kind, len(content))
+        return tag + content + bytes(-len(content) % 8)
+
+    def matrix(kind: int, shape: tuple[int, int], name: bytes, *parts: bytes) -> bytes:
+        flags = element(6, struct.pack(order + "II", kind, 0))
+        sides = element(5, struct.pack(order + "ii", *shape))
+        return element(14, b"".join([flags, sides, element(1, name), *parts]))
+
+    names = (b"Boundaries", b"Segmentation", b"CategoriesPresent")
+    double, uint8 = 6, 9
+    content = matrix(
+        2, (1, 1), b"GTcls",
+        struct.pack(order + "Ii", 5 | 4 << 16, 32),  # a small element: the length of a name
+        element(1, b"".join(name.ljust(32, b"\0") for name in names)),
+        matrix(double, (20, 1), b"", element(9, bytes(160))),
+        matrix(uint8, labels.shape, b"", element(2, labels.tobytes(order="F"))),
+        matrix(double, (1, 2), b"", struct.pack(order + "I4B", 2 | 2 << 16, 1, 15, 0, 0)),
+    )  # fmt: skip
+    if compress:
+        packed = zlib.compress(content)
+        content = struct.pack(order + "II", 15, len(packed)) + packed
+    version = struct.pack(order + "HH", 0x0100, int.from_bytes(b"MI", "big"))
+    return b"MATLAB 5.0 MAT-file".ljust(124) + version + content

@@ -1,8 +1,9 @@
 """Pascal VOC's segmentation, and the Semantic Boundaries Dataset (SBD), which adds masks to it."""
 
 import os
+import struct
+import zlib
 from collections.abc import Collection
-from io import BytesIO
 from typing import Any
 
 from numpy.typing import NDArray
@@ -16,10 +17,11 @@ from dcdet.datasets.label_maps import (
     pair,
     value_table,
 )
+from dcdet.datasets.mat import read_field
 from dcdet.datasets.records import ProblemList
 from dcdet.datasets.transforms import read_file
 from dcdet.datasets.voc import SUFFIXES, find_file, read_list, split_set
-from dcdet.errors import UserError, first_line
+from dcdet.errors import first_line
 from dcdet.visualize.segmentation import voc_palette
 
 MAX_MAT_BYTES = 4 << 20  # SBD's have some kilobytes
@@ -105,12 +107,6 @@ class VOCSegmentation(SegmentationReader):
         folders = os.path.join(root, "img"), os.path.join(root, "cls")
         for part in ("train", "val"):
             self._read(os.path.join(root, part + ".txt"), folders, (".mat", ".png"), without)
-        if any(path.endswith(".mat") for path in self._maps.values()):
-            try:
-                import scipy.io  # noqa: F401
-            except ImportError as error:
-                what = "has masks in .mat files, which need scipy, which is not installed"
-                raise UserError(root, what, "pip install scipy") from error
 
     def label_map(self, record: LabelledImage) -> LabelMap | None:
         """The labels of an image, None where nothing is known; BadLabels for a wrong file."""
@@ -127,14 +123,8 @@ def list_file(folder: str, image_set: str, kind: str = "Segmentation") -> str:
 def read_mat(path: str) -> NDArray[Any]:
     """The values (H, W) of a mask of SBD, GTcls.Segmentation in a .mat file; BadLabels for another
     file."""
-    from scipy.io import loadmat
-
     try:
-        content = loadmat(BytesIO(read_file(path, MAX_MAT_BYTES)), variable_names=["GTcls"])
-        values: NDArray[Any] = content["GTcls"]["Segmentation"][0, 0]
-        if values.dtype.kind not in "ui" or values.ndim != 2 or not values.size:
-            raise ValueError(f"{values.dtype} numbers of shape {values.shape}")
-    except Exception as error:  # scipy raises nearly every type on damaged files
-        what = f"is not a mask of SBD, GTcls.Segmentation: {type(error).__name__}: "
-        raise BadLabels(path, what + first_line(error)) from error
-    return values
+        return read_field(read_file(path, MAX_MAT_BYTES), "GTcls", "Segmentation")
+    except (OSError, ValueError, struct.error, zlib.error) as error:
+        what = f"is not a mask of SBD, GTcls.Segmentation: {first_line(error)}"
+        raise BadLabels(path, what) from error
