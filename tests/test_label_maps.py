@@ -197,7 +197,7 @@ def test_unchanged(root: Path) -> None:
 
 def test_testing_reads_no_label_map(root: Path) -> None:
     (root / "labels/train/a.png").write_bytes(b"")
-    data = dataset(root, training=False, crop=(8, 8), random_scale=(0.5, 0.6))
+    data = dataset(root, training=False, crop=(16, 16), random_scale=(0.5, 0.6))
     batches = [views[0] for views in test_loader(data, data.section, 0, 1)]
     assert [batch.targets[0].label_map for batch in batches] == [None] * 4
     assert batches[0].images.shape[2:] == (64, 96)  # neither scaled nor cut
