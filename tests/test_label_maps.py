@@ -295,12 +295,6 @@ def test_a_scale_beyond_what_an_image_may_be(root: Path) -> None:
         section(resize=ResizeSpec(64, 16_000), random_scale=(0.5, 2.0))
 
 
-@pytest.mark.parametrize("option", ["filter_empty", "aspect_grouping"])
-def test_options_of_detection(root: Path, option: str) -> None:
-    with pytest.raises(UserError, match=f"data.{option}: must be false"):
-        dataset(root, **{option: True})
-
-
 # What is wrong in a data set
 
 
