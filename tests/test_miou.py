@@ -262,6 +262,13 @@ def test_what_is_written_of_an_image() -> None:
     assert nothing.result_files() == {}
 
 
+def test_ids_that_a_grey_image_cannot_hold() -> None:
+    reader = FakeReader({"a": label_map()}, CLASSES, [7, 256, 33])
+    with pytest.raises(ValueError, match=r"predictions: .*id 256"):
+        MIoUEvaluator(reader, predictions="ids")
+    assert written(MIoUEvaluator(reader), "a", label_map()).mode == "P"
+
+
 @pytest.mark.parametrize("number", [2, 21, 22, 254])
 def test_palettes_without_own_colours(number: int) -> None:
     labels = np.arange(256, dtype=np.uint8).reshape(16, 16)

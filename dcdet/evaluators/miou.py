@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcdet.datasets.label_maps import BadLabels, LabelledImage, LabelMap, check_size
-from dcdet.errors import UserError
+from dcdet.errors import UserError, require
 from dcdet.structures import UNLABELLED, Segmentation
 from dcdet.visualize.segmentation import encode_png, palette
 
@@ -56,6 +56,9 @@ class MIoUEvaluator:
         compare_at: Literal["image", "network"] = "image",
         predictions: Literal["palette", "ids"] | None = "palette",
     ) -> None:
+        greatest = max(reader.category_ids)
+        fits = predictions != "ids" or greatest <= 255
+        require(fits, "predictions", f"palette or null, as {reader.name} has id {greatest}", "ids")
         self.reader, self.compare_at, self.predictions = reader, compare_at, predictions
         self.found: dict[int | str, Counts | None] = {}
         self.dropped = 0
