@@ -27,6 +27,7 @@ from dcdet.datasets import loader
 from dcdet.datasets.loader import DetectionDataset, ResizeSpec, View, test_loader
 from dcdet.engine import checkpoint, evaluate
 from dcdet.engine.demo import demo, read_views
+from dcdet.engine.runtime import write_bytes
 from dcdet.engine.setup import build_reader
 from dcdet.errors import UserError
 from dcdet.masks import paste
@@ -339,6 +340,13 @@ class Labelled:
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Labelled:
     return Labelled(tmp_path_factory.mktemp("labelled"))
+
+
+def test_names_as_long_as_a_file_may_have(tmp_path: Path) -> None:
+    for content in (b"one", b"two"):
+        write_bytes(tmp_path / ("l" * 251 + ".png"), content)
+    [file] = tmp_path.iterdir()
+    assert file.read_bytes() == b"two"
 
 
 def read_metrics(output: Path) -> dict[str, Any]:

@@ -217,6 +217,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a whole file or nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    name = path.name if len(os.fsencode(path.name)) <= 250 else str(os.getpid())
+    temporary = path.with_name(f".{name}.tmp")  # file systems take 255 bytes
     temporary.write_bytes(content)
     os.replace(temporary, path)
