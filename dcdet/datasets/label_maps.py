@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL.PpmImagePlugin import PpmImageFile
 from torch import Tensor
 
 from dcdet.boxes import Pixels, Scale
@@ -94,7 +95,8 @@ def files_in(folders: Iterable[str], pattern: str, found: ProblemList) -> dict[s
             known = sorted(p.name for p in Path(folder).parent.glob("*") if p.is_dir())
             hint = "there are: " + ", ".join(known[:10]) if known else "is data.*.root right?"
             raise UserError(folder, error.strerror or str(error), hint) from error
-        for match in filter(None, (re.fullmatch(pattern, entry) for entry in entries)):
+        matches = (re.fullmatch(pattern, entry, re.DOTALL) for entry in entries)
+        for match in filter(None, matches):
             name, path = match[1], path_inside(folder, match[0])
             if path is None:
                 what = f"{match[0]} leads out of the data set's folder"
@@ -155,6 +157,8 @@ def read_label_map(path: str, table: NDArray[np.uint8]) -> LabelMap:
         with opened(path, MAX_PIXELS) as image:
             if image.format == "JPEG":
                 raise BadImage("is a JPEG, which changes the labels at every edge; save it as PNG")
+            if isinstance(image, PpmImageFile) and image.tile[0].args not in ("L", ("L", 255)):
+                raise BadImage("is not a PGM of 0 to 255; others are scaled, save it as PNG")
             if image.mode not in ("1", "L", "P") and image.mode[0] != "I":
                 raise BadImage(
                     f"is a colour image (mode {image.mode}), wanted one channel of labels"
