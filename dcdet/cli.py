@@ -23,7 +23,8 @@ from dcdet.config import COMMAND_LINE, Config, load_config, suggest
 from dcdet.errors import DcdetError, UserError
 
 INTERNAL = 70  # a bug in dcdet: none of the outcomes that the other codes stand for
-_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOMEM, errno.EMFILE,
+            errno.ENFILE}  # fmt: skip
 _USER = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST,
          errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP}  # fmt: skip
 

@@ -310,6 +310,7 @@ def test_what_offsets_is_given(calls: list[Any], weights: str) -> None:
         (DivergedError("step 3"), 3, "step 3"),
         (MachineError("worker lost"), 4, "worker lost"),
         (OSError(errno.ENOSPC, "No space left on device", "x"), 4, "x: No space left on device"),
+        (OSError(errno.EFBIG, "File too large"), 4, "File too large"),
         (OSError(errno.EMFILE, "Too many open files"), 4, "Too many open files"),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "x: Permission denied"),
         (ImportError("libGL.so.1"), 4, "libGL.so.1 (dcdet doctor tells what is missing)"),
