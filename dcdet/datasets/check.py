@@ -162,8 +162,13 @@ def _describe_label_maps(reader: Any, part: str, images: list[_Image], write: Wr
         f"{part}: {reader.name}: {len(images)} images, {width} pixels wide and {height} high, "
         f"{len(reader.classes)} classes"
     )
+    missing = [record.path for record in reader.records if record.label_path is None]
+    if missing:
+        write(f"  images without a label map: {len(missing)}, e.g. {missing[0]}")
     known = [image.pixels for image in images if image.pixels is not None]
-    table = np.array(known or [np.zeros(256, dtype=np.int64)])
+    if not known:
+        return
+    table = np.array(known)
     total = table.sum(0)
     everything, ignored = total.sum(), total[UNLABELLED]
     shares = total / max(1, everything - ignored)
@@ -178,9 +183,6 @@ def _describe_label_maps(reader: Any, part: str, images: list[_Image], write: Wr
         write(f"  classes that never occur: {', '.join(never)}")
     empty = sum(pixels[UNLABELLED] == pixels.sum() for pixels in known)
     write(f"  images without a labelled pixel: {empty}")
-    missing = [record.path for record in reader.records if record.label_path is None]
-    if missing:
-        write(f"  images without a label map: {len(missing)}, e.g. {missing[0]}")
 
 
 def _describe(reader: Reader, part: str, write: Write) -> None:

@@ -88,7 +88,7 @@ class Cityscapes(SegmentationReader):
     def label_map(self, record: LabelledImage) -> LabelMap | None:
         """The labels of an image, None where nothing is known; BadLabels for a wrong file."""
         if record.label_path and record.label_path.endswith("_labelIds.png"):
-            return read_label_map(record.label_path, ID_TABLE)
+            return read_label_map(record.label_path, ID_TABLE, self.max_pixels)
         return super().label_map(record)
 
 

@@ -7,7 +7,7 @@ from dcdet.datasets.records import ProblemList
 from dcdet.errors import UserError, require
 
 IMAGE = r"(?i)([^.].*)\.(?:jpe?g|png|bmp|webp|tiff?|ppm)"
-LABELS = r"(?i)([^.].*)\.(?:png|bmp|tiff?|gif|pgm)"
+LABELS = r"(?i)([^.].*)\.(?:png|bmp|tiff?|gif)"
 
 
 class LabelFolder(SegmentationReader):

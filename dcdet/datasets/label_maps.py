@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL.PpmImagePlugin import PpmImageFile
 from torch import Tensor
 
 from dcdet.boxes import Pixels, Scale
@@ -26,6 +25,7 @@ from dcdet.structures import UNLABELLED, Batch, Sample, Target
 
 log = logging.getLogger("dcdet.datasets")
 
+FORMATS = ("PNG", "BMP", "TIFF", "GIF")
 MAX_CLASSES = 254
 WRONG = 254  # in a table: no label
 SHOWN_VALUES = 8
@@ -62,6 +62,7 @@ class SegmentationReader:
 
     task = "segmentation"
     pixels: Pixels = "continuous"  # there are no boxes
+    max_pixels = MAX_PIXELS  # larger label maps are refused
     # Of a data set that has its classes once and for all: names, ids, and colours in RGB.
     CLASSES: Sequence[str] | None = None
     CATEGORY_IDS: Sequence[int] | None = None
@@ -78,7 +79,7 @@ class SegmentationReader:
         """The labels of an image, None where nothing is known; BadLabels for a wrong file."""
         if record.label_path is None:
             return None
-        return read_label_map(record.label_path, self.table)
+        return read_label_map(record.label_path, self.table, self.max_pixels)
 
 
 def files_in(folders: Iterable[str], pattern: str, found: ProblemList) -> dict[str, str]:
@@ -148,17 +149,16 @@ def value_table(labels: Sequence[int], ignore: Iterable[int] = ()) -> NDArray[np
     return table
 
 
-def read_label_map(path: str, table: NDArray[np.uint8]) -> LabelMap:
+def read_label_map(path: str, table: NDArray[np.uint8], max_pixels: int = MAX_PIXELS) -> LabelMap:
     """Decode a label map: a grey or palette image whose values (palette indices) are in `table`.
 
     BadLabels names what is wrong, with the values.
     """
     try:
-        with opened(path, MAX_PIXELS) as image:
-            if image.format == "JPEG":
-                raise BadImage("is a JPEG, which changes the labels at every edge; save it as PNG")
-            if isinstance(image, PpmImageFile) and image.tile[0].args not in ("L", ("L", 255)):
-                raise BadImage("is not a PGM of 0 to 255; others are scaled, save it as PNG")
+        with opened(path, max_pixels) as image:
+            if image.format not in FORMATS:
+                wanted = ", ".join(FORMATS)
+                raise BadImage(f"is a {image.format}, wanted a format that keeps labels: {wanted}")
             if image.mode not in ("1", "L", "P") and image.mode[0] != "I":
                 raise BadImage(
                     f"is a colour image (mode {image.mode}), wanted one channel of labels"
@@ -222,6 +222,7 @@ class SegmentationDataset(DetectionDataset):
     ) -> None:
         super().__init__(reader, section, training=training, views=views)
         self.reader, self.strict = reader, strict
+        reader.max_pixels = section.max_pixels
         images: list[LabelledImage] = reader.records
         self.label_paths = {record.label_path for record in images}
         missing = [record.path for record in images if record.label_path is None]

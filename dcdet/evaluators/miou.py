@@ -56,9 +56,9 @@ class MIoUEvaluator:
         compare_at: Literal["image", "network"] = "image",
         predictions: Literal["palette", "ids"] | None = "palette",
     ) -> None:
-        greatest = max(reader.category_ids)
-        fits = predictions != "ids" or greatest <= 255
-        require(fits, "predictions", f"palette or null, as {reader.name} has id {greatest}", "ids")
+        greatest = max(reader.category_ids) if predictions == "ids" else 0
+        wanted = f"palette or null, as {reader.name} has id {greatest}"
+        require(greatest <= 255, "predictions", wanted, predictions)
         self.reader, self.compare_at, self.predictions = reader, compare_at, predictions
         self.found: dict[int | str, Counts | None] = {}
         self.dropped = 0
