@@ -116,14 +116,20 @@ RGB = np.stack([LABELS] * 3, -1)
         (encoded(np.arange(100, dtype=np.uint8).reshape(10, 10)), r"11 \(1 pixels\) and 88 more;"),
     ],
     ids=[
-        "RGB", "RGBA", "LA", "JPEG", "PGM", "truncated", "empty", "HTML", "huge", "16 bit", "negative",
-        "200", "254", "labelIds", "photograph",
+        "RGB", "RGBA", "LA", "JPEG", "PGM", "truncated", "empty", "HTML", "huge", "16 bit",
+        "negative", "200", "254", "labelIds", "photograph",
     ],
 )  # fmt: skip
 def test_what_is_no_label_map_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
     with pytest.raises(BadLabels, match=reason) as caught:
         read(tmp_path / "a.png", content)
     assert caught.value.path == str(tmp_path / "a.png")
+
+
+def test_label_maps_are_as_large_as_images_may_be(root: Path) -> None:
+    data = dataset(root, max_pixels=100)
+    with pytest.raises(BadLabels, match="the limit is 100 pixels"):
+        data.reader.label_map(data.records[0])
 
 
 def test_missing_files_and_folders(tmp_path: Path) -> None:
