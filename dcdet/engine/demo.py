@@ -11,7 +11,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from torch import nn
 
 from dcdet.datasets.loader import DataSection, View, collate
 from dcdet.datasets.transforms import BadImage, read_image
@@ -22,7 +21,7 @@ from dcdet.errors import UserError
 from dcdet.evaluators.results import segmentations, xywh
 from dcdet.masks import encode
 from dcdet.models.build import build_model
-from dcdet.registry import check, lookup
+from dcdet.registry import check, lookup, task_of
 from dcdet.structures import UNLABELLED, Batch, Detections, Sample, Segmentation, Target
 from dcdet.visualize.draw import Colour, draw_detections
 from dcdet.visualize.segmentation import areas_of, draw_segmentation, encode_png, palette
@@ -59,15 +58,16 @@ def demo(
         meta = load_weights(model, weights)
         model.to(torch_device).eval()
         show: Callable[[str, np.ndarray, Any], list[dict[str, Any]]]
-        if segments(model):
+        data_set = label_set(config)
+        classes, category_ids = class_names(config, meta, weights, data_set)
+        if data_set is None:
+            results = "detections.json"
+            show = partial(_show_detections, output, classes, category_ids, threshold)
+        else:
+            results = "segmentations.json"
             warn_of_threshold(score_threshold)
-            data_set = lookup(config.data.test, "dataset")
-            classes, category_ids = class_names(config, meta, weights, data_set)
             colours = palette(getattr(data_set, "PALETTE", None), len(classes))
             show = partial(_show_segmentation, output, classes, category_ids, colours)
-        else:
-            classes, category_ids = class_names(config, meta, weights)
-            show = partial(_show_detections, output, classes, category_ids, threshold)
         experiment = check(config)
         views = experiment.test.views(experiment.data.resize)
         rows: list[dict[str, Any]] = []
@@ -85,16 +85,15 @@ def demo(
         if not done:
             name, reason = next(iter(skipped.items()))
             raise UserError(_printable(name), reason, f"none of {len(skipped)} inputs can be used")
-        name = "segmentations.json" if segments(model) else "detections.json"
-        results = free_path(output, name)
-        write_text(results, strict_json(rows))
-    log.info("drew %d of %d images, see %s", done, done + len(skipped), results)
+        numbers = free_path(output, results)
+        write_text(numbers, strict_json(rows))
+    log.info("drew %d of %d images, see %s", done, done + len(skipped), numbers)
     return 1 if skipped else 0
 
 
-def segments(model: nn.Module) -> bool:
-    """Whether the model finds Segmentations, and not Detections."""
-    return getattr(model, "task", "detection") == "segmentation"
+def label_set(config: Any) -> type | None:
+    """The class of the data set of a config for segmentation, None for detection."""
+    return lookup(config.data.test, "dataset") if task_of(config) == "segmentation" else None
 
 
 def threshold_of(given: float | None) -> float:

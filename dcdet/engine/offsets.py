@@ -29,9 +29,9 @@ from dcdet.engine.demo import (
     at_least,
     class_names,
     free_path,
+    label_set,
     picture_name,
     read_views,
-    segments,
     threshold_of,
     warn_of_threshold,
     write_picture,
@@ -43,7 +43,7 @@ from dcdet.models.build import build_model
 from dcdet.models.deeplab import DeepLab
 from dcdet.models.resnet import DeformConv2d
 from dcdet.models.two_stage import TwoStageDetector
-from dcdet.registry import check, lookup
+from dcdet.registry import check
 from dcdet.structures import UNLABELLED, Batch, Detections
 from dcdet.visualize.offsets import draw_parts, draw_points
 from dcdet.visualize.segmentation import areas_of
@@ -92,8 +92,8 @@ def offsets(
     has_points, has_parts = _what_deforms(model, config, bool(points))
     meta = load_weights(model, weights)
     model.to(torch_device).eval()
-    segmented = segments(model)
-    data_set = lookup(config.data.test, "dataset") if segmented else None
+    data_set = label_set(config)
+    segmented = data_set is not None
     classes, category_ids = class_names(config, meta, weights, data_set)
 
     precision = experiment.test.precision
