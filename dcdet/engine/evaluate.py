@@ -85,10 +85,12 @@ def _evaluate(config: Any, weights: Path, output: Path, runtime: Runtime) -> int
     evaluator = build(config.test.evaluator, "evaluator", reader=reader)
     start = time.perf_counter()
     images = test_loader(dataset, data, runtime.rank, runtime.world)
+    folders: dict[str, None] = {}  # with a file for each image
     # One by one: all bitmaps of a data set together would not fit into memory.
     for one in detect(model, images, experiment.test.precision, runtime.device):
         evaluator.update(one)
-        _write(output, evaluator.image_files(one))
+        for name in _write(output, evaluator.image_files(one)):
+            folders[name.split("/")[0]] = None
     parts = runtime.gather((evaluator.found, evaluator.dropped, dataset.bad))
     if runtime.rank:
         return 0
@@ -100,7 +102,7 @@ def _evaluate(config: Any, weights: Path, output: Path, runtime: Runtime) -> int
     evaluator.dropped = sum(dropped for _, dropped, _ in parts)
     total = len(reader.records)
     metrics = {"images": total - len(skipped), "of": total, **evaluator.result()}
-    written = ["metrics.json", *_write(output, evaluator.result_files())]
+    written = ["metrics.json", *_write(output, evaluator.result_files()), *folders]
     write_bytes(output / "metrics.json", strict_json(metrics).encode())
     log.info(
         "evaluated %d of %d images, %.1f images/s", total - len(skipped), total, total / seconds
