@@ -201,15 +201,13 @@ def torchvision_network(masks: bool, size: Size) -> nn.Module:
         **{"mask_predictor": MaskRCNNPredictor(256, 256, classes)} if masks else {},
     )
     model.transform.resize = lambda image, target: (image, target)
-    fill_with_random_weights(model)
-    with torch.no_grad():  # most of what is proposed is background
-        model.get_parameter("roi_heads.box_predictor.cls_score.bias")[0] += 4
-    return model
+    return fill_with_random_weights(model)
 
 
 @torch.no_grad()
-def fill_with_random_weights(model: nn.Module) -> None:
-    """Weights that make features, scores, boxes and masks vary, as untrained ones do not."""
+def fill_with_random_weights(model: nn.Module) -> nn.Module:
+    """The same model, with weights that make features, scores, boxes and masks vary, as untrained
+    ones do not."""
     generator = torch.Generator().manual_seed(1)
     for name, value in model.state_dict().items():
         if value.dim() > 1:
@@ -224,6 +222,9 @@ def fill_with_random_weights(model: nn.Module) -> None:
                 value += 0.25 if "bn3" in name else 0.85
             elif name.endswith("downsample.1.weight"):
                 value += 0.85
+            elif name.endswith("cls_score.bias"):
+                value[0] += 4  # most of what is proposed is background
+    return model
 
 
 def own_network(masks: bool, deformable: bool, size: Size) -> TwoStageDetector:
