@@ -79,11 +79,9 @@ def test_the_figures_fit_together(quick: tuple[str, Any]) -> None:
             assert figures["gflops_share"] == pytest.approx(figures["gflops"] / gflops)
             gbytes = ceilings["gbytes_per_s"]
             assert figures["gbytes_share"] == pytest.approx(figures["gbytes_per_s"] / gbytes)
-    # Of one case a busy machine can say the opposite.
-    forward, both = (
-        sum(case[which]["ours"]["min_ms"] for case in report["cases"]) for which in PASSES
-    )
-    assert both > forward
+    for case in report["cases"]:  # what is done, which does not depend on how busy the machine is
+        forward, both = (case[which]["gflops"] * case[which]["ours"]["min_ms"] for which in PASSES)
+        assert both > 1.5 * forward
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
