@@ -328,16 +328,6 @@ def test_a_label_map_of_another_size_stops_training(root: Path) -> None:
         check_size(np.zeros((96, 64), np.uint8), (64, 96), reader.records[1])
 
 
-def test_wrong_label_maps_are_counted_where_asked(root: Path) -> None:
-    path = write_labels(root / "labels/train/c.png", np.full((64, 96), 200, np.uint8))
-    reader = LabelFolder(str(root), "train", CLASSES)
-    data = SegmentationDataset(reader, section(), training=True, strict=False)
-    assert sorted(first_epoch(data)) == ["a", "b", "d", "d"]
-    assert list(data.bad) == [str(path)]
-    with pytest.raises(BadImage, match="200"):
-        sample(data, 2)
-
-
 def test_a_broken_image_is_skipped_and_counted(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

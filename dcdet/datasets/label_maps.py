@@ -207,8 +207,7 @@ class SegmentationDataset(DetectionDataset):
     """A segmentation reader's images as samples for the network; see DetectionDataset.
 
     Training adds the label map, drawn scales and cuts. A label map that cannot be used is a mistake
-    in the data set, not a bad image: it raises UserError, unless `strict` is false; then the image
-    is left out.
+    in the data set, not a bad image: it raises UserError.
     """
 
     def __init__(
@@ -218,10 +217,9 @@ class SegmentationDataset(DetectionDataset):
         *,
         training: bool,
         views: Sequence[View] | None = None,
-        strict: bool = True,
     ) -> None:
         super().__init__(reader, section, training=training, views=views)
-        self.reader, self.strict = reader, strict
+        self.reader = reader
         reader.max_pixels = section.max_pixels
         images: list[LabelledImage] = reader.records
         self.label_paths = {record.label_path for record in images}
@@ -274,7 +272,7 @@ class SegmentationDataset(DetectionDataset):
     def count_bad(self, batch: Batch) -> None:
         """As DetectionDataset; also UserError for a label map that cannot be used."""
         for path, reason in batch.skipped:
-            if self.strict and path in self.label_paths:
+            if path in self.label_paths:
                 raise UserError(path, reason, "`dcdet check CONFIG` lists all that is wrong")
         super().count_bad(batch)
 
