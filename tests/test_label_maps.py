@@ -28,7 +28,6 @@ from dcdet.datasets.label_maps import (
     value_table,
 )
 from dcdet.datasets.loader import DataSection, ResizeSpec, test_loader, train_loader
-from dcdet.datasets.transforms import BadImage
 from dcdet.engine.train import train
 from dcdet.errors import UserError
 from dcdet.models.deeplab import DeepLab
