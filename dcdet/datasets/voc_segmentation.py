@@ -36,8 +36,8 @@ class VOCSegmentation(SegmentationReader):
     label map are for predictions only.
 
     `sbd` is the folder `dataset` of SBD's benchmark_RELEASE. Its train and val images are added,
-    but for those that are there already or in VOC 2012's val list: with "2012_train" these are the
-    usual 10,582 training images. `classes` None: background and VOC's 20.
+    but for those that are there already or in VOC 2012's val list. `classes` None: background and
+    VOC's 20.
     """
 
     CLASSES = (

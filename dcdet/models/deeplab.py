@@ -71,7 +71,7 @@ class DeepLab(nn.Module):
         require(
             len(pixel_std) == 3 and min(pixel_std) > 0, "pixel_std", "3 positive numbers", pixel_std
         )
-        self.backbone: Any = backbone
+        self.backbone = backbone
         known = self.backbone.channels
         require(in_feature in known, "in_feature", f"one of {', '.join(known)}", in_feature)
         require(channels >= 1, "channels", "positive", channels)
@@ -105,7 +105,7 @@ class DeepLab(nn.Module):
         for view in views[1:]:
             for total, other in zip(sums, self.probabilities(view), strict=True):
                 size = total.shape[1:]
-                total += F.interpolate(other[None], size, mode="bilinear", antialias=False)[0]
+                total += F.interpolate(other[None], size, mode="bilinear")[0]
         result = []
         for total, target in zip(sums, views[0].targets, strict=True):
             best, labels = total.max(0)
@@ -142,16 +142,19 @@ class DeepLab(nn.Module):
 
     def features(self, batch: Batch) -> dict[str, Tensor]:
         """The maps of the normalised images."""
-        return self.backbone(self.normalised(batch))
+        return self.maps(self.normalised(batch))
 
     def normalised(self, batch: Batch) -> Tensor:
         """What the backbone sees, (B, 3, H, W) float32; padding is 0."""
         return normalised(batch, self.pixel_mean, self.pixel_std)
 
+    def maps(self, x: Tensor) -> dict[str, Tensor]:
+        """Normalised images (B, 3, H, W) -> maps by name."""
+        return self.backbone(x.contiguous(memory_format=torch.channels_last))
+
     def logits(self, x: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) -> scores (B, K, H, W) float32."""
-        maps = self.backbone(x.contiguous(memory_format=torch.channels_last))
-        scores = self.score(F.relu(self.fc6(maps[self.in_feature])))
+        scores = self.score(F.relu(self.fc6(self.maps(x)[self.in_feature])))
         return upsample(scores.float(), self.stride, (x.shape[2], x.shape[3]))
 
 
