@@ -1,6 +1,7 @@
 """dcdet/registry.py: keys against signatures, with a table of its own; then the real table."""
 
 import inspect
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -284,6 +285,8 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "nets.py").write_text(USER_MODULE.format(marker=str(marker)))
     (package / "broken.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
+    for name in [m for m in sys.modules if m.split(".")[0] == package.name]:  # another test's
+        del sys.modules[name]
     return marker
 
 
