@@ -256,7 +256,7 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> int:
     config, _ = _config(args, args.words[1:])
-    from dcdet.datasets.check import check
+    from dcdet.engine.check import check
 
     return check(config, print)
 

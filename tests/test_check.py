@@ -12,8 +12,8 @@ from data_sets import coco_content, write_coco, write_voc
 from label_sets import CLASSES, SMALL, write_labels
 
 from dcdet.config import load_config
-from dcdet.datasets import check as check_module
-from dcdet.datasets.check import check
+from dcdet.engine import check as check_module
+from dcdet.engine.check import check
 from dcdet.errors import UserError
 
 CONFIG = Path(__file__).parent.parent / "configs" / "small" / "rfcn_dcn_r18_voc.yaml"

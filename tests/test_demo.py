@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from data_sets import picture
+from easydict import EasyDict
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -63,7 +64,7 @@ def config(monkeypatch):
     )
     root = SimpleNamespace(
         data=data,
-        model=SimpleNamespace(num_classes=2),
+        model=EasyDict(type="TwoStageDetector", num_classes=2),
         test=evaluate.TestSection({}, "fp32"),
         where=lambda key: f"config.yaml: {key}",
     )

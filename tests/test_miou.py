@@ -82,8 +82,12 @@ def official(pairs: list[tuple[np.ndarray, np.ndarray]], number: int) -> list[fl
     return scores
 
 
+# The number of classes; of each image the true and the predicted label map.
+Pairs = tuple[int, dict[str, np.ndarray], dict[str, np.ndarray]]
+
+
 @st.composite
-def label_pairs(draw: st.DrawFn) -> tuple[int, dict[str, np.ndarray], dict[str, np.ndarray]]:
+def label_pairs(draw: st.DrawFn) -> Pairs:
     """Up to 3 images of up to 6 classes, some absent: truths with ignored pixels, predictions with
     pixels that have none."""
     number = draw(st.integers(2, 6))
@@ -100,9 +104,7 @@ def label_pairs(draw: st.DrawFn) -> tuple[int, dict[str, np.ndarray], dict[str, 
 
 
 @given(data=label_pairs())
-def test_against_sets_of_pixels(
-    data: tuple[int, dict[str, np.ndarray], dict[str, np.ndarray]],
-) -> None:
+def test_against_sets_of_pixels(data: Pairs) -> None:
     number, truths, found = data
     names = [f"c{label}" for label in range(number)]
     result = evaluate(FakeReader(dict(truths), names), found)
@@ -132,9 +134,7 @@ def test_against_sets_of_pixels(
 
 
 @given(data=label_pairs())
-def test_the_official_cityscapes_figure(
-    data: tuple[int, dict[str, np.ndarray], dict[str, np.ndarray]],
-) -> None:
+def test_the_official_cityscapes_figure(data: Pairs) -> None:
     number, truths, found = data
     names = [f"c{label}" for label in range(number)]
     result = evaluate(FakeReader(dict(truths), names), found)

@@ -11,7 +11,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from torch import nn
 
 from dcdet.datasets.loader import DataSection, View, collate
 from dcdet.datasets.transforms import BadImage, read_image
@@ -22,7 +21,7 @@ from dcdet.errors import UserError
 from dcdet.evaluators.results import segmentations, xywh
 from dcdet.masks import encode
 from dcdet.models.build import build_model
-from dcdet.registry import check, lookup
+from dcdet.registry import check, lookup, task_of
 from dcdet.structures import UNLABELLED, Batch, Detections, Sample, Segmentation, Target
 from dcdet.visualize.draw import Colour, draw_detections
 from dcdet.visualize.segmentation import areas_of, draw_segmentation, encode_png, palette
@@ -59,7 +58,7 @@ def demo(
         meta = load_weights(model, weights)
         model.to(torch_device).eval()
         show: Callable[[str, np.ndarray, Any], list[dict[str, Any]]]
-        data_set = label_set(model, config)
+        data_set = label_set(config)
         classes, category_ids = class_names(config, meta, weights, data_set)
         if data_set is None:
             results = "detections.json"
@@ -92,10 +91,9 @@ def demo(
     return 1 if skipped else 0
 
 
-def label_set(model: nn.Module, config: Any) -> type | None:
+def label_set(config: Any) -> type | None:
     """The class of the data set that a segmentation's labels are of, None for a detector."""
-    segments = getattr(model, "task", "detection") == "segmentation"
-    return lookup(config.data.test, "dataset") if segments else None
+    return lookup(config.data.test, "dataset") if task_of(config) == "segmentation" else None
 
 
 def threshold_of(given: float | None) -> float:

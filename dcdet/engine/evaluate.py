@@ -23,7 +23,6 @@ from dcdet.engine.runtime import (
     write_bytes,
 )
 from dcdet.engine.setup import build_dataset, build_reader
-from dcdet.evaluators.miou import MIoUEvaluator
 from dcdet.models.build import build_model
 from dcdet.registry import build, check
 from dcdet.structures import Batch
@@ -102,8 +101,8 @@ def _evaluate(config: Any, weights: Path, output: Path, runtime: Runtime) -> int
     evaluator.dropped = sum(dropped for _, dropped, _ in parts)
     total = len(reader.records)
     metrics = {"images": total - len(skipped), "of": total, **evaluator.result()}
-    written = ["metrics.json", *_write(output, evaluator.result_files()), *folders]
-    write_bytes(output / "metrics.json", strict_json(metrics).encode())
+    results = {**evaluator.result_files(), "metrics.json": metrics}
+    _write(output, {name: strict_json(value).encode() for name, value in results.items()})
     log.info(
         "evaluated %d of %d images, %.1f images/s", total - len(skipped), total, total / seconds
     )
@@ -111,12 +110,12 @@ def _evaluate(config: Any, weights: Path, output: Path, runtime: Runtime) -> int
         log.warning("%d %s", evaluator.dropped, evaluator.dropped_are)
     masks = {f"segm {name}": value for name, value in metrics.get("segm", {}).items()}
     classes = {}
-    if isinstance(evaluator, MIoUEvaluator):
-        classes = {f"IoU {name}": of["IoU"] for name, of in metrics["per_class"].items()}
+    if figure := evaluator.class_figure:
+        classes = {f"{figure} {name}": of[figure] for name, of in metrics["per_class"].items()}
     for name, value in {**classes, **metrics, **masks}.items():
         if isinstance(value, float) or value is None:
             log.info("%s %s", name, "not defined" if value is None else f"{value:.4f}")
-    log.info("written: %s", ", ".join(str(output / name) for name in written))
+    log.info("written: %s", ", ".join(str(output / name) for name in [*results, *folders]))
     return 1 if skipped else 0
 
 

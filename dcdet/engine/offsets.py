@@ -92,7 +92,7 @@ def offsets(
     has_points, has_parts = _what_deforms(model, config, bool(points))
     meta = load_weights(model, weights)
     model.to(torch_device).eval()
-    data_set = label_set(model, config)
+    data_set = label_set(config)
     segmented = data_set is not None
     classes, category_ids = class_names(config, meta, weights, data_set)
 

@@ -49,6 +49,7 @@ class MIoUEvaluator:
 
     task = "segmentation"
     dropped_are = "pixels without a finite score count as wrong"
+    class_figure = "IoU"
 
     def __init__(
         self,
@@ -128,7 +129,7 @@ class MIoUEvaluator:
             content = encode_png(ids[labels])
         return {f"predictions/{segmentation.image_id}.png": content}
 
-    def result_files(self) -> dict[str, bytes]:
+    def result_files(self) -> Json:
         """What is to be written for the whole data set: nothing."""
         return {}
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from dcdet.datasets.records import Record
 from dcdet.datasets.transforms import read_file
-from dcdet.engine.runtime import strict_json
 from dcdet.errors import UserError
 from dcdet.masks import clean_segmentation, decode, encode
 from dcdet.structures import Detections
@@ -52,6 +51,7 @@ class Evaluator:
     """
 
     dropped_are = "detections that were not finite do not count"
+    class_figure: str | None = None  # the figure of each class that testing shows
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
@@ -97,9 +97,9 @@ class Evaluator:
         """What is to be written for one image, by its path in the output folder: nothing."""
         return {}
 
-    def result_files(self) -> dict[str, bytes]:
-        """What is to be written for the whole data set."""
-        return {"detections.json": strict_json(self.detections_json()).encode()}
+    def result_files(self) -> Json:
+        """What is to be written for the whole data set, JSON values by file name."""
+        return {"detections.json": self.detections_json()}
 
     def detections_json(self) -> list[Json]:
         """Every detection in the COCO results format, with the data set's own ids."""
